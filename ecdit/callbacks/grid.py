@@ -1,0 +1,31 @@
+"""A grid of fixed prompts every so often, from the averaged weights."""
+
+from typing import TYPE_CHECKING, Any
+
+from ecdit.callbacks import Callback
+from ecdit.pictures import grid
+from ecdit.sampling import Sampler
+
+if TYPE_CHECKING:
+    from ecdit.train import Trainer
+
+COLUMNS = 4
+
+
+class PictureGrid(Callback):
+    """`samples/step-N.png`: each prompt of `log.prompts` a row, the same seeds every time."""
+
+    def on_step(self, trainer: "Trainer", record: dict[str, Any]) -> None:
+        every = trainer.recipe.log.grid_every
+        if not every or record["step"] % every:
+            return
+        prompts = trainer.recipe.log.prompts
+        with trainer.engine.averaged() as model:
+            sampler = Sampler(model, trainer.recipe, trainer.text_encoder, trainer.autoencoder)
+            samples = sampler.draw(
+                [prompt for prompt in prompts for _ in range(COLUMNS)],
+                list(range(COLUMNS)) * len(prompts),
+                trainer.recipe.sample,
+            )
+        trainer.run.samples.mkdir(parents=True, exist_ok=True)
+        grid(samples.images, prompts, COLUMNS).save(trainer.run.samples / f"step-{record['step']}.png")

@@ -1,0 +1,116 @@
+"""Metrics of a run as files: metrics.jsonl, TensorBoard, and Weights & Biases where asked for."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ecdit.callbacks import Callback
+from ecdit.errors import UserError
+
+if TYPE_CHECKING:
+    from ecdit.train import Trainer
+
+
+class JsonLines(Callback):
+    """`metrics.jsonl`: one object a logged step. Lines of steps that a resume repeats are taken out first."""
+
+    def on_start(self, trainer: "Trainer") -> None:
+        path = trainer.run.metrics_file
+        if path.exists():
+            keep_until(path, trainer.progress.step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def on_step(self, trainer: "Trainer", record: dict[str, Any]) -> None:
+        if record["logged"]:
+            line = {key: _plain(value) for key, value in record.items() if key != "logged"}
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+
+    def on_end(self, trainer: "Trainer") -> None:
+        self._file.close()
+
+
+class TensorBoard(Callback):
+    """Scalars under `tensorboard/`; a list, such as one number a MoE layer, becomes one scalar for each."""
+
+    def on_start(self, trainer: "Trainer") -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        self._writer = SummaryWriter(trainer.run.folder / "tensorboard", purge_step=trainer.progress.step + 1)
+
+    def on_step(self, trainer: "Trainer", record: dict[str, Any]) -> None:
+        if record["logged"]:
+            for name, value in scalars(record):
+                self._writer.add_scalar(name, value, record["step"])
+
+    def on_end(self, trainer: "Trainer") -> None:
+        self._writer.close()
+
+
+class Wandb(Callback):
+    """The same scalars on Weights & Biases. Raises UserError where the package is missing."""
+
+    def __init__(self, project: str):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                f"log.wandb: {project!r} needs the package wandb; install the extra `ecdit[wandb]`, or set it to null"
+            ) from None
+        self._wandb, self._project = wandb, project
+
+    def on_start(self, trainer: "Trainer") -> None:
+        self._run = self._wandb.init(
+            project=self._project,
+            name=trainer.recipe.run,
+            id=trainer.recipe.run,
+            dir=trainer.run.folder,
+            resume="allow",
+            config=trainer.recipe.model_dump(mode="json"),
+        )
+
+    def on_step(self, trainer: "Trainer", record: dict[str, Any]) -> None:
+        if record["logged"]:
+            self._run.log(dict(scalars(record)), step=record["step"])
+
+    def on_end(self, trainer: "Trainer") -> None:
+        self._run.finish()
+
+
+def scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """(name, number) pairs of a record."""
+    for key, value in record.items():
+        if key in ("step", "logged", "sample_ids"):
+            continue
+        if isinstance(value, list):
+            yield from ((f"{key}/{layer}", number) for layer, number in enumerate(value))
+        else:
+            yield key, value
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl. A last line that a crash cut short is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Takes out lines after `step`, in a file that is whole at every moment."""
+    kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step]
+    aside = path.with_suffix(".partial")
+    aside.write_text("".join(kept), encoding="utf-8")
+    aside.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: a number that is not finite becomes null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,166 @@
+"""The `ecdit` command. Each subcommand reads its input, calls one function, and says what came of it.
+
+Exit codes: 0 done, 1 a run that cannot go on, 2 bad input, 75 stopped with a checkpoint and wants to go on.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ecdit.errors import UserError
+from ecdit.recipe_io import load_recipe
+from ecdit.run import Run
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__.splitlines()[0], rich_markup_mode=None)
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/quickstart.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys to change.")] = None,
+    runs: Annotated[Path, typer.Option(help="Folder that holds the run folders.")] = Path("runs"),
+) -> None:
+    """Train a recipe in runs/NAME; the same command resumes. Ctrl-C saves and exits with 75."""
+    loaded = load_recipe(recipe, overrides or ())
+    from ecdit.callbacks.grid import PictureGrid
+    from ecdit.callbacks.metrics import JsonLines, TensorBoard, Wandb
+    from ecdit.callbacks.progress import ProgressBar
+    from ecdit.train import train as run_training
+
+    callbacks = [ProgressBar(), JsonLines(), PictureGrid()]
+    if loaded.log.tensorboard:
+        callbacks.append(TensorBoard())
+    if loaded.log.wandb is not None:
+        callbacks.append(Wandb(loaded.log.wandb))
+    raise typer.Exit(run_training(loaded, runs, callbacks))
+
+
+@app.command()
+def sample(
+    run: RunFolder,
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; repeat it for more rows.")] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of a prompt's first picture; the next has one more.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Steps of the solver.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance.")] = None,
+    solver: Annotated[str | None, typer.Option(help="euler or heun.")] = None,
+    shift: Annotated[float | None, typer.Option(help="Shift of the time grid.")] = None,
+    heatmap: Annotated[bool, typer.Option("--heatmap", help="Also show where the experts worked.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for the pictures; the run's own if not given.")] = None,
+) -> None:
+    """Draw pictures from the averaged weights: PNGs, a grid (samples.png), and heatmap.png where asked for."""
+    from ecdit.pictures import grid, write_pictures
+    from ecdit.sampling import Sampler, sample_settings
+
+    sampler = Sampler.from_run(Run(run))
+    model = sampler.recipe.model
+    sparse = [layer + 1 for layer in range(model.layers) if model.sparse(layer)]
+    if heatmap and not sparse:
+        raise UserError("--heatmap: this model is dense (model.routing: dense); it has no experts to show")
+    settings = sample_settings(sampler.recipe, steps=steps, guidance=guidance, solver=solver, shift=shift)
+    prompts = prompt or sampler.recipe.log.prompts
+    pairs = [(text, seed + i) for text in prompts for i in range(n)]
+    with console.status(f"Drawing {len(pairs)} pictures in {settings.steps} steps"):
+        drawn = sampler.draw([p for p, _ in pairs], [s for _, s in pairs], settings)
+    folder = out or run
+    write_pictures(drawn, folder / "samples", settings, str(run))
+    grid(drawn.images, prompts, n).save(folder / "samples.png")
+    console.print(f"{len(pairs)} pictures in {folder / 'samples'}, all on {folder / 'samples.png'}", markup=False)
+    if heatmap:
+        from ecdit.analyze.heatmap import write_heatmap
+
+        shown = sampler.draw(prompts, [seed] * len(prompts), settings, count_experts=True)
+        write_heatmap(shown, folder / "heatmap.png", sparse)
+        console.print(f"Experts per token: {folder / 'heatmap.png'}", markup=False)
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    suite: Annotated[str, typer.Option(help="Which scores: shapes.")] = "shapes",
+    n: Annotated[int, typer.Option("-n", min=1, help="Pictures of each task.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Of prompts and noise.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Score pictures drawn from the averaged weights; also writes evaluate-SUITE.json into the run."""
+    from ecdit.evaluate.suites import SUITES, as_table
+
+    if suite not in SUITES:
+        raise UserError(f"--suite: {suite!r} is not known; valid: {', '.join(SUITES)}")
+    scores = SUITES[suite](Run(run), n, seed)
+    text = json.dumps(scores, indent=1)
+    (run / f"evaluate-{suite}.json").write_text(text + "\n", encoding="utf-8")
+    if as_json:
+        print(text)
+    else:
+        Console().print(as_table(scores))
+
+
+@app.command()
+def prepare(
+    source: Annotated[str, typer.Argument(help="shapes, a WebDataset tar, an image folder, or a parquet file.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the MDS shards.")],
+    resolution: Annotated[int | None, typer.Option(min=8, help="Side of the pictures; shapes are always 32.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Pictures to make; for shapes alone.")] = 20_000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the pictures; for shapes alone.")] = 0,
+) -> None:
+    """Turn image-text pairs into MDS shards, or make the embedded data set of coloured shapes."""
+    from ecdit.data.prepare import prepare as run_prepare
+
+    run_prepare(source, out, resolution=resolution, count=count, seed=seed)
+
+
+@app.command()
+def params(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Models; all if none.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Count the parameters of the models of the paper's Table 1, beside what it prints."""
+    from ecdit.analyze.table import NOTES, comparison, counts
+
+    rows = counts(names or ())
+    if as_json:
+        print(json.dumps([vars(row) for row in rows], indent=1))
+        return
+    stdout = Console(width=max(Console().width, 112))  # narrower, the table would hide digits
+    stdout.print(comparison(rows))
+    stdout.print(NOTES, soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="Which benchmark: moe.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
+) -> None:
+    """Run a benchmark against its peers, all in one run."""
+    from benchmarks import BENCHMARKS, as_table, report
+
+    if name not in BENCHMARKS:
+        raise UserError(f"{name!r} is no benchmark; valid: {', '.join(BENCHMARKS)}")
+    result = report(name)
+    Console().print(as_table(result))
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Entry point: errors of the user's become one message and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except UserError as error:
+        console.print(f"ecdit: {error}", markup=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

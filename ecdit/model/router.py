@@ -1,0 +1,123 @@
+"""Which tokens go to which expert: expert choice, and the token-choice baseline, as one kind of plan.
+
+Both have static shapes: every expert has exactly C slots in every group. Under expert choice each slot holds a token;
+under token choice with a capacity some slots stay empty and some choices are dropped.
+
+Shapes: `N = G T` tokens, `D` hidden, `E` experts, `C` capacity, `G` routing groups, `T` tokens of a group,
+`M = E G C` slots, expert-major, so that an expert's slots are consecutive.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ecdit.model.layers import parameter
+
+
+@dataclass
+class RoutingPlan:
+    """Who computes what in one MoE layer.
+
+    token (M,): the token in each slot, counted over all groups. gate (M,): its weight in the sum, differentiable.
+    filled (M,): False where a slot is empty (its gate is 0 and its token a stand-in); None: all are filled.
+    aux: auxiliary loss, unweighted, or None.
+    """
+
+    token: Tensor
+    gate: Tensor
+    tokens: int
+    experts: int
+    filled: Tensor | None = None
+    aux: Tensor | None = None
+
+    @cached_property
+    def slots_by_token(self) -> tuple[Tensor, Tensor]:
+        """The inverse map: slots sorted by their token (M,), and where each token's run begins and ends (N + 1,)."""
+        slots = torch.argsort(self.token, stable=True)
+        counts = torch.bincount(self.token, minlength=self.tokens)
+        return slots, F.pad(counts.cumsum(0), (1, 0))
+
+    def experts_per_token(self) -> Tensor:
+        """(N,): how many experts took each token."""
+        weights = None if self.filled is None else self.filled.float()
+        return torch.bincount(self.token, weights, minlength=self.tokens).long()
+
+
+def top_tokens(affinity: Tensor, capacity: int) -> Tensor:
+    """Indices of the `capacity` largest along the last dimension, (..., T) -> (..., C); ties to the lower index.
+
+    torch.topk leaves the order of ties open. In fp32, affinities are not negative, so their bits order as they do:
+    with the index in the low bits all keys differ, and topk routes alike on every device. Other types are sorted.
+    """
+    tokens = affinity.shape[-1]
+    if affinity.dtype != torch.float32:
+        return affinity.sort(dim=-1, descending=True, stable=True).indices[..., :capacity]
+    backwards = torch.arange(tokens - 1, -1, -1, device=affinity.device)
+    keys = (affinity.contiguous().view(torch.int32).long() << 32) | backwards
+    return keys.topk(capacity, dim=-1).indices
+
+
+class Router(nn.Module):
+    """Scores and choices. `routing` is expert_choice or token_choice."""
+
+    def __init__(self, width: int, experts: int, capacity_factor: float, routing: str):
+        super().__init__()
+        self.experts, self.capacity_factor = experts, capacity_factor
+        self.weight = parameter(width, experts, std=width**-0.5)
+        self.choose = {"expert_choice": expert_choice, "token_choice": token_choice}[routing]
+
+    def forward(self, x: Tensor, group_tokens: int) -> RoutingPlan:
+        """x (N, D), its groups consecutive. Affinities (5) are computed in fp32 whatever the type of x."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        affinity = torch.softmax(x.to(wide) @ self.weight.to(wide), dim=-1)
+        capacity = int(group_tokens * self.capacity_factor / self.experts)
+        return self.choose(affinity.view(-1, group_tokens, self.experts), capacity)
+
+
+def expert_choice(affinity: Tensor, capacity: int) -> RoutingPlan:
+    """Each expert takes its top-C tokens of each group (6). affinity (G, T, E)."""
+    groups, tokens, experts = affinity.shape
+    by_expert = affinity.permute(2, 0, 1)  # (E, G, T)
+    chosen = top_tokens(by_expert.detach(), capacity)  # (E, G, C)
+    gate = by_expert.gather(-1, chosen)
+    first = tokens * torch.arange(groups, device=affinity.device)[:, None]
+    return RoutingPlan((chosen + first).flatten(), gate.flatten(), groups * tokens, experts)
+
+
+def token_choice(affinity: Tensor, capacity: int) -> RoutingPlan:
+    """GShard's top-2 gating with capacity: first choices before second, each in the order of the tokens.
+
+    affinity (G, T, E). Gates are renormalised over the two choices; choices over capacity are dropped. The auxiliary
+    loss is E sum_e (share of first choices) (mean affinity), mean over groups (Lepikhin et al. 2020).
+    """
+    groups, tokens, experts = affinity.shape
+    device = affinity.device
+    # ---- choose: stable, so that ties go to the lower expert as the oracle's do
+    choice = affinity.detach().sort(dim=-1, descending=True, stable=True).indices[..., :2]  # (G, T, 2)
+    gate = affinity.gather(-1, choice)
+    gate = gate / gate.sum(-1, keepdim=True)
+    first = F.one_hot(choice[..., 0], experts).to(affinity.dtype).mean(1)
+    aux = experts * (first * affinity.mean(1)).sum(-1).mean()
+    # ---- queue: (G, 2T), first choices of all tokens, then second ones; a place is the number of earlier ones
+    expert = choice.transpose(1, 2).reshape(groups, 2 * tokens)
+    place = F.one_hot(expert, experts).cumsum(1).gather(-1, expert[..., None]).squeeze(-1) - 1
+    group = torch.arange(groups, device=device)[:, None]
+    slot = (expert * groups + group) * capacity + place
+    slots = experts * groups * capacity
+    slot = torch.where(place < capacity, slot, slots).flatten()  # one slot too many catches what is dropped
+    # ---- fill
+    token = (group * tokens + torch.arange(2 * tokens, device=device) % tokens).flatten()
+    # an empty slot stands for some token of its own, so that no token gathers all of them
+    stand_in = torch.arange(slots + 1, device=device) % (groups * tokens)
+    filled = torch.zeros(slots + 1, dtype=torch.bool, device=device).scatter(0, slot, True)[:-1]
+    return RoutingPlan(
+        stand_in.scatter(0, slot, token)[:-1],
+        gate.new_zeros(slots + 1).scatter(0, slot, gate.transpose(1, 2).flatten())[:-1],
+        groups * tokens,
+        experts,
+        filled,
+        aux,
+    )

@@ -1,0 +1,357 @@
+"""The schema of recipes: what a run is made of, every key with its default, its meaning and its rules.
+
+A recipe is data. Reading it (`ecdit.recipe_io.load_recipe`) checks every rule that can be checked without opening
+a data set or a device, so that a run that starts has no mistake of this kind left in it.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
+
+from ecdit.model.sizes import SIZES
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _one(value: int) -> int:
+    if value != 1:
+        raise ValueError("only 1 is supported by this version")
+    return value
+
+
+One = Annotated[int, AfterValidator(_one)]
+
+
+def _ratio(value):
+    """A share, or pairs of (step, share) whose steps begin with 0 and ascend."""
+    pairs = value if isinstance(value, list) else [[0, value]]
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        raise ValueError("a list holds pairs of a step and a share, such as [[0, 0.5], [700000, 0.0]]")
+    steps, shares = zip(*pairs, strict=True) if pairs else ((), ())
+    if not all(isinstance(share, int | float) and 0 <= share < 1 for share in shares):
+        raise ValueError("a share is a number from 0 to below 1")
+    if not all(isinstance(step, int) for step in steps) or not steps or steps[0] != 0:
+        raise ValueError("the steps are whole numbers and begin with 0")
+    if list(steps) != sorted(set(steps)):
+        raise ValueError("the steps ascend")
+    return value
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, and strict about names and types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class DecoderRecipe(Section):
+    """The asymmetric decoder of MaskDiT, over all tokens; 0 layers leave it out."""
+
+    layers: Annotated[int, Field(ge=0)] = Field(0, description="Decoder blocks; 0: no decoder.")
+    width: PositiveInt = Field(512, description="Hidden width of the decoder.")
+    heads: PositiveInt = Field(16, description="Attention heads of the decoder.")
+
+
+class ModelRecipe(Section):
+    """What the network is. Everything that decides the shape of a weight stands here."""
+
+    size: Literal["XL", "XXL", "3XL", "M"] | None = Field(
+        None, description="A row of the paper's Table 1; sets layers, width, heads and kv_heads."
+    )
+    layers: PositiveInt = Field(description="Number of blocks.")
+    width: PositiveInt = Field(description="Hidden width D; the FFN and every expert have 4 D.")
+    heads: PositiveInt = Field(description="Query heads of both attentions.")
+    kv_heads: PositiveInt = Field(description="Key and value heads of both attentions (grouped-query).")
+    routing: Literal["dense", "expert_choice", "token_choice"] = Field(
+        "expert_choice", description="What every second block has for its feed-forward layer."
+    )
+    experts: PositiveInt = Field(8, description="Experts E of a MoE layer.")
+    capacity_factor: PositiveFloat = Field(
+        2.0, description="f_c: experts that a token meets on average; C = T f_c / E."
+    )
+    group_tokens: PositiveInt = Field(1024, description="Tokens T of a routing group in training.")
+    aux_loss: Annotated[float, Field(ge=0)] = Field(
+        0.01, description="Weight of the load-balancing loss; used by token_choice alone."
+    )
+    side: PositiveInt = Field(32, description="Side of the latent picture.")
+    channels: PositiveInt = Field(4, description="Channels c of the latent picture.")
+    patch: PositiveInt = Field(2, description="Side of a patch of the latent picture; a patch is a token.")
+    text_width: PositiveInt = Field(2048, description="Width Y of the text embedding.")
+    text_tokens: PositiveInt = Field(120, description="Text tokens L; longer captions are cut.")
+    decoder: DecoderRecipe = Field(DecoderRecipe(), description="Decoder of masked training.")
+
+    @property
+    def tokens(self) -> int:
+        """S, the tokens of a whole image."""
+        return (self.side // self.patch) ** 2
+
+    @property
+    def patch_width(self) -> int:
+        """Numbers in a patch: patch * patch * channels."""
+        return self.patch**2 * self.channels
+
+    @property
+    def sample_group_tokens(self) -> int:
+        """Tokens of a routing group in sampling: an image's conditional and unconditional half."""
+        return 2 * self.tokens
+
+    def sparse(self, layer: int) -> bool:
+        """Whether block `layer`, counted from 0, has a MoE layer: every second one, from the second on."""
+        return self.routing != "dense" and layer % 2 == 1
+
+    def capacity(self, group_tokens: int) -> int:
+        """C, the tokens that each expert takes of a group."""
+        return int(group_tokens * self.capacity_factor / self.experts)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_size(cls, values):
+        if not isinstance(values, dict) or values.get("size") not in SIZES:
+            return values
+        shape = SIZES[values["size"]]
+        routing = values.get("routing", "expert_choice")
+        named = {
+            "layers": shape.depth(routing),
+            "width": shape.width,
+            "heads": shape.heads,
+            "kv_heads": shape.kv_heads,
+        }
+        for key, value in named.items():
+            if values.get(key, value) != value:
+                raise ValueError(
+                    f"@{key}: {values[key]} contradicts size: {values['size']}, which has {value} under "
+                    f"routing: {routing}; leave one of the two out (size: null)"
+                )
+        return values | named
+
+    @model_validator(mode="after")
+    def _shapes_divide(self):
+        _divides(self.heads, self.width, "heads", "width")
+        _divides(self.kv_heads, self.heads, "kv_heads", "heads")
+        _divides(self.patch, self.side, "patch", "side")
+        if self.width % 4:
+            raise ValueError(f"@width: {self.width} is no multiple of 4 (sine-cosine positions need it)")
+        if self.decoder.layers:
+            _divides(self.decoder.heads, self.decoder.width, "decoder.heads", "decoder.width")
+        if self.routing != "dense":
+            for tokens, use in ((self.group_tokens, "training"), (self.sample_group_tokens, "sampling")):
+                self._capacity_is_whole(tokens, use)
+        if self.routing == "token_choice" and self.experts < 2:
+            raise ValueError(f"@experts: {self.experts} is too few for top-2 routing; at least 2")
+        return self
+
+    def _capacity_is_whole(self, tokens: int, use: str) -> None:
+        rows = tokens * self.capacity_factor
+        where = f"in {use} a routing group has {tokens} tokens, and capacity_factor {self.capacity_factor:g} "
+        if rows % self.experts:
+            valid = [e for e in range(1, 129) if rows % e == 0 and rows / e <= tokens]
+            raise ValueError(
+                f"@experts: {self.experts} gives no whole capacity: {where}makes {rows:g} rows to share; "
+                f"try one of {', '.join(map(str, valid))}"
+            )
+        if rows > tokens * self.experts:
+            raise ValueError(
+                f"@capacity_factor: {self.capacity_factor:g} is over experts: {self.experts}; an expert cannot "
+                f"take more than all tokens of a group, so at most {self.experts}"
+            )
+
+
+class StreamRecipe(Section):
+    """A folder of MDS shards."""
+
+    path: str = Field(description="Local folder with index.json and the shards.")
+
+
+class DataRecipe(Section):
+    """Where images and captions come from, and the frozen encoders that read them."""
+
+    streams: list[StreamRecipe] = Field(min_length=1, description="Folders of shards; their samples are mixed.")
+    text_encoder: str = Field(
+        "hash", description="hash, or a T5-family encoder: a local folder or hub name (transformers)."
+    )
+    autoencoder: str = Field(
+        "pixels", description="pixels, or an AutoencoderKL: a local folder or hub name (diffusers)."
+    )
+    resolution: PositiveInt = Field(256, description="Side of the pictures in the shards.")
+    shuffle: bool = Field(True, description="Shuffle the samples, anew in every epoch.")
+    workers: Annotated[int, Field(ge=0)] = Field(2, description="Processes that read ahead; 0: none.")
+
+
+class TimeRecipe(Section):
+    """Logit-normal density of the training time: t = sigmoid(u), u ~ N(mean, std)."""
+
+    mean: float = Field(0.0, description="mu of the normal under the sigmoid.")
+    std: PositiveFloat = Field(1.0, description="sigma of the normal under the sigmoid.")
+
+
+class DiffusionRecipe(Section):
+    """The rectified flow."""
+
+    time: TimeRecipe = Field(TimeRecipe(), description="Density of the training time.")
+    text_drop: Share = Field(0.1, description="Share of captions replaced by the empty one, for guidance.")
+
+
+class MaskingRecipe(Section):
+    """Masked training: only some tokens of an image enter the backbone, and the loss is over those."""
+
+    ratio: Annotated[float | list[list[float]], PlainValidator(_ratio)] = Field(
+        0.5, description="Share of tokens left out; or [[0, 0.5], [700000, 0.0]]: a ratio from each step on."
+    )
+    mae: Annotated[float, Field(ge=0)] = Field(
+        0.1, description="Weight of the reconstruction of masked tokens; used when model.decoder has layers."
+    )
+
+    @property
+    def schedule(self) -> list[tuple[int, float]]:
+        """The ratio as (from step, ratio) pairs."""
+        return [tuple(pair) for pair in self.ratio] if isinstance(self.ratio, list) else [(0, self.ratio)]
+
+
+class OptimizerRecipe(Section):
+    """The update. rmsprop_momentum is AdaStar's form; torch_rmsprop is torch.optim.RMSprop with momentum 0.9."""
+
+    name: Literal["rmsprop_momentum", "torch_rmsprop"] = Field("rmsprop_momentum", description="Which form.")
+    lr: PositiveFloat = Field(1e-4, description="Learning rate after the warm-up.")
+    warmup: Annotated[int, Field(ge=0)] = Field(20_000, description="Steps of linear warm-up.")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="After the warm-up.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Decay of matrices; never of biases and one-dimensional tensors."
+    )
+    clip: PositiveFloat = Field(1.0, description="Largest global gradient norm.")
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.9999, description="Decay of the weights' average.")
+
+
+class TrainRecipe(Section):
+    """How long and how much at once."""
+
+    steps: PositiveInt = Field(800_000, description="Optimizer steps of the run.")
+    batch: PositiveInt = Field(4096, description="Images of a step, over all ranks.")
+    micro_batch: PositiveInt = Field(8, description="Images of one forward and backward pass on a rank.")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="Of the compute; master weights are fp32.")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Of weights, data order, noise, times, masks.")
+
+
+class PrecisionRecipe(Section):
+    """Below bf16."""
+
+    fp8: Literal["none"] = Field("none", description="FP8 is not supported by this version.")
+
+
+class ParallelRecipe(Section):
+    """How the model is spread over ranks."""
+
+    tensor: One = Field(1, description="Tensor-parallel size.")
+    expert: One = Field(1, description="Expert-parallel size.")
+    expert_tensor: One = Field(1, description="Tensor-parallel size within an expert.")
+    pipeline: One = Field(1, description="Pipeline stages.")
+    timeout_minutes: PositiveFloat = Field(10.0, description="Time-out of every process group.")
+
+
+class CheckpointRecipe(Section):
+    """What is kept of a run."""
+
+    every: PositiveInt = Field(1000, description="Steps between checkpoints; the last step always has one.")
+    keep_last: PositiveInt = Field(3, description="Newest checkpoints kept.")
+
+
+class LogRecipe(Section):
+    """What is told of a run while it runs."""
+
+    every: PositiveInt = Field(10, description="Steps between lines of metrics.jsonl.")
+    samples: bool = Field(False, description="Write the sample ids of every logged step.")
+    tensorboard: bool = Field(True, description="Write TensorBoard files.")
+    wandb: str | None = Field(None, description="Weights & Biases project; null: none.")
+    grid_every: Annotated[int, Field(ge=0)] = Field(0, description="Steps between picture grids; 0: none.")
+    prompts: list[str] = Field(
+        ["a red circle", "a blue square", "two green triangles", "a yellow star left of a purple ring"],
+        min_length=1,
+        description="The fixed prompts of the grids, and what `ecdit sample` draws when no prompt is given.",
+    )
+
+
+class SampleRecipe(Section):
+    """Defaults of sampling."""
+
+    steps: PositiveInt = Field(50, description="Steps of the solver.")
+    solver: Literal["euler", "heun"] = Field("euler", description="Of the ODE.")
+    guidance: Annotated[float, Field(ge=0)] = Field(5.0, description="Scale of classifier-free guidance.")
+    shift: PositiveFloat = Field(1.0, description="Shift of the time grid towards noise (SD3's map).")
+
+
+class Recipe(Section):
+    """A run, whole."""
+
+    run: str = Field(pattern=r"^[\w.-]+$", description="Name of the run; its folder is runs/NAME.")
+    model: ModelRecipe = Field(description="The network.")
+    data: DataRecipe = Field(description="Images and captions.")
+    diffusion: DiffusionRecipe = Field(DiffusionRecipe(), description="The flow.")
+    masking: MaskingRecipe = Field(MaskingRecipe(), description="Masked training.")
+    optimizer: OptimizerRecipe = Field(OptimizerRecipe(), description="The update.")
+    train: TrainRecipe = Field(TrainRecipe(), description="Length and batch.")
+    precision: PrecisionRecipe = Field(PrecisionRecipe(), description="Below bf16.")
+    parallel: ParallelRecipe = Field(ParallelRecipe(), description="Layout.")
+    engine: Literal["megatron"] = Field("megatron", description="What drives data parallelism.")
+    checkpoint: CheckpointRecipe = Field(CheckpointRecipe(), description="Checkpoints.")
+    log: LogRecipe = Field(LogRecipe(), description="Logging.")
+    sample: SampleRecipe = Field(SampleRecipe(), description="Sampling.")
+
+    @model_validator(mode="after")
+    def _batch_divides(self):
+        _divides(self.train.micro_batch, self.train.batch, "train.micro_batch", "train.batch")
+        return self
+
+    @model_validator(mode="after")
+    def _groups_fit(self):
+        for _, ratio in self.masking.schedule:
+            kept = int(self.model.tokens * (1 - ratio))
+            if kept < 1:
+                raise ValueError(f"@masking.ratio: {ratio:g} leaves no token of {self.model.tokens}")
+            if self.model.routing != "dense":
+                self._groups_are_whole(kept, ratio)
+        return self
+
+    def _groups_are_whole(self, kept: int, ratio: float) -> None:
+        group, micro = self.model.group_tokens, self.train.micro_batch
+        if group % kept:
+            raise ValueError(
+                f"@model.group_tokens: {group} is no whole number of images: under masking.ratio {ratio:g} an "
+                f"image has {kept} tokens; try a multiple of {kept}"
+            )
+        if micro * kept % group:
+            raise ValueError(
+                f"@train.micro_batch: {micro} images of {kept} tokens (masking.ratio {ratio:g}) do not fill "
+                f"groups of model.group_tokens: {group}; try a multiple of {group // kept}"
+            )
+
+    @model_validator(mode="after")
+    def _pixels_are_the_latent(self):
+        if self.data.autoencoder == "pixels":
+            for key, value, needed in (
+                ("side", self.model.side, self.data.resolution),
+                ("channels", self.model.channels, 3),
+            ):
+                if value != needed:
+                    raise ValueError(
+                        f"@model.{key}: {value} does not fit data.autoencoder: pixels, where the RGB picture of "
+                        f"data.resolution {self.data.resolution} is the latent; it must be {needed}"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _decoder_is_used(self):
+        if self.model.decoder.layers and not any(ratio for _, ratio in self.masking.schedule):
+            raise ValueError(
+                f"@model.decoder.layers: {self.model.decoder.layers} decoder layers, but masking.ratio masks "
+                "nothing; set it to 0, or mask"
+            )
+        return self
+
+
+def _divides(small: int, large: int, small_key: str, large_key: str) -> None:
+    if large % small:
+        valid = [n for n in range(1, large + 1) if large % n == 0]
+        near = sorted(sorted(valid, key=lambda n: abs(n - small))[:6])
+        raise ValueError(
+            f"@{small_key}: {small} does not divide {large_key}: {large}; try one of {', '.join(map(str, near))}"
+        )

@@ -1,0 +1,301 @@
+"""The training loop: one order of samples, one loop for every layout, a checkpoint whenever it has to stop."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecdit.callbacks import Callback
+from ecdit.data.encoders import load_autoencoder, load_text_encoder
+from ecdit.data.stream import Batch, StreamSpec, TrainStream
+from ecdit.diffusion.draws import draw, drop_captions
+from ecdit.diffusion.masking import keep_count, ratio_at
+from ecdit.diffusion.objective import MicroBatch, objective
+from ecdit.errors import UserError
+from ecdit.model.count import forward_flops
+from ecdit.model.dit import EcDit
+from ecdit.model.router import RoutingPlan
+from ecdit.peak import peak_flops
+from ecdit.recipe import Recipe
+from ecdit.recipe_io import dump_recipe
+from ecdit.run import Run, check_same_model
+from ecdit.schedule import learning_rate
+from parallel import checkpoint, topology
+from parallel.engine import Engine, UpdateSettings
+from parallel.engine.megatron import MegatronEngine
+
+DONE, FAILED, STOPPED = 0, 1, 75  # exit codes: done, a run that cannot go on, stopped with a checkpoint
+MOST_SKIPPED_IN_A_ROW = 10
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class Progress:
+    """Where a run stands: finished steps, applied updates, and skipped ones in all and in a row."""
+
+    step: int = 0
+    updates: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+@dataclass
+class Routing:
+    """For each MoE layer and micro-batch of a step: share of tokens that nobody took, spread of experts per token."""
+
+    unrouted: list[list[float]] = field(default_factory=list)
+    spread: list[list[float]] = field(default_factory=list)
+
+    def add(self, plans: list[RoutingPlan]) -> None:
+        counts = [plan.experts_per_token().float() for plan in plans]
+        self.unrouted.append([(count == 0).float().mean().item() for count in counts])
+        self.spread.append([count.std(correction=0).item() for count in counts])
+
+    def record(self) -> dict[str, list[float]]:
+        """Means over the micro-batches, one number a layer."""
+        if not self.unrouted or not self.unrouted[0]:
+            return {}
+        return {
+            "unrouted_share": torch.tensor(self.unrouted).mean(0).tolist(),
+            "experts_per_token_std": torch.tensor(self.spread).mean(0).tolist(),
+        }
+
+
+class Trainer:
+    """Everything that a training run holds, and its loop."""
+
+    def __init__(self, recipe: Recipe, run: Run, callbacks: list[Callback]):
+        self.recipe, self.run, self.callbacks = recipe, run, callbacks
+        self.topology = topology.start(recipe.parallel.timeout_minutes)
+        device = self.topology.device
+        self._check_batch()
+        self.stream = open_stream(recipe, self.topology.data_rank, self.topology.data_ranks)
+        self.text_encoder = load_text_encoder(
+            recipe.data.text_encoder,
+            width=recipe.model.text_width,
+            tokens=recipe.model.text_tokens,
+            device=device,
+            dtype=DTYPES[recipe.train.precision],
+        )
+        self.autoencoder = load_checked_autoencoder(recipe, device)
+        with device:
+            model = EcDit(recipe.model, recipe.train.seed).to(DTYPES[recipe.train.precision])
+        optimizer = recipe.optimizer
+        self.engine: Engine = MegatronEngine(
+            model,
+            self.topology,
+            UpdateSettings(optimizer.name, optimizer.weight_decay, optimizer.clip, optimizer.ema),
+        )
+        self.progress = Progress()
+        self.peak = peak_flops(device, DTYPES[recipe.train.precision]) * self.topology.data_ranks
+        self._stop = False
+
+    def fit(self) -> int:
+        """Trains to the last step or until told to stop. Returns the exit code."""
+        self._resume()
+        if self.topology.first:
+            self.run.write_recipe(self.recipe)
+        with self._signals():
+            for callback in self._callbacks():
+                callback.on_start(self)
+            try:
+                return self._loop()
+            finally:
+                for callback in self._callbacks():
+                    callback.on_end(self)
+
+    def _loop(self) -> int:
+        batches = self.stream.batches(self.progress.step)
+        while self.progress.step < self.recipe.train.steps:
+            record = self._step(next(batches))
+            for callback in self._callbacks():
+                callback.on_step(self, record)
+            if self.progress.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+                return self._give_up()
+            if self.topology.agree(self._stop):
+                self._save(final=True)
+                return STOPPED
+            if self.progress.step % self.recipe.checkpoint.every == 0:
+                self._save(final=self.progress.step == self.recipe.train.steps)
+        if self.progress.step % self.recipe.checkpoint.every:
+            self._save(final=True)
+        return DONE
+
+    def _step(self, batch: Batch) -> dict[str, Any]:
+        recipe, step, began = self.recipe, self.progress.step, time.perf_counter()
+        logged = (step + 1) % recipe.log.every == 0 or step + 1 == recipe.train.steps
+        routing = Routing() if logged else None
+        images = recipe.train.batch // self.topology.data_ranks
+
+        def loss(model: nn.Module, micro: MicroBatch) -> Tensor:
+            per_image, extra, out = objective(model, micro, recipe)
+            if routing is not None:
+                routing.add(out.plans)
+            velocity_losses.append(per_image.detach().sum() / images)
+            return per_image.sum() / images + extra * (len(per_image) / images)
+
+        velocity_losses: list[Tensor] = []
+        total = self.engine.accumulate(self._micro_batches(batch), loss)
+        velocity = self.topology.mean(torch.stack(velocity_losses).sum()).item()
+        schedule = recipe.optimizer
+        lr = learning_rate(
+            step, lr=schedule.lr, warmup=schedule.warmup, steps=recipe.train.steps, kind=schedule.schedule
+        )
+        finite = bool(total.isfinite())
+        update = self.engine.update(lr) if finite else None
+        self._count(applied=update is not None and update.applied)
+        seconds = time.perf_counter() - began
+        return {
+            "step": self.progress.step,
+            "loss": velocity,
+            "grad_norm": update.grad_norm if update else float("nan"),
+            "lr": lr,
+            "images_per_s": recipe.train.batch / seconds,
+            "mfu": self._step_flops(step) / seconds / self.peak,
+            "seconds": seconds,
+            "skipped": self.progress.skipped,
+            **(routing.record() if routing else {}),
+            **({"sample_ids": batch.keys} if recipe.log.samples else {}),
+            "logged": logged,
+        }
+
+    def _micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
+        device, size = self.topology.device, self.recipe.train.micro_batch
+        for first in range(0, len(batch.captions), size):
+            part = slice(first, first + size)
+            positions = batch.positions[part]
+            captions = drop_captions(self.recipe, batch.step, positions, batch.captions[part])
+            text, mask = self.text_encoder(captions)
+            latents = self.autoencoder.encode(batch.images[part].to(device))
+            draws = draw(self.recipe, batch.step, positions.to(device))
+            yield MicroBatch(latents.float(), text, mask, draws)
+
+    def _count(self, *, applied: bool) -> None:
+        self.progress.step += 1
+        self.progress.updates += applied
+        self.progress.skipped += not applied
+        self.progress.skipped_in_a_row = 0 if applied else self.progress.skipped_in_a_row + 1
+
+    def _step_flops(self, step: int) -> float:
+        model = self.recipe.model
+        kept = keep_count(model.tokens, ratio_at(self.recipe.masking.schedule, step))
+        return 3 * forward_flops(model, kept) * self.recipe.train.batch
+
+    def _give_up(self) -> int:
+        """Ends a run whose losses stay non-finite. Skipped updates changed nothing, so the weights are still good."""
+        self.progress.step -= self.progress.skipped_in_a_row
+        if self.progress.step:
+            self._save(final=True)
+        self._tell(
+            f"The loss or a gradient was not finite in {MOST_SKIPPED_IN_A_ROW} steps in a row; no update was made "
+            f"since step {self.progress.step}, and the newest checkpoint is from before that. Look at "
+            f"optimizer.lr ({self.recipe.optimizer.lr:g}), the data, and {self.run.metrics_file}."
+        )
+        return FAILED
+
+    def _save(self, *, final: bool) -> None:
+        """Writes a checkpoint. One that fails does not end the run, except where there is no later chance."""
+        step, state = self.progress.step, self.engine.state()
+        meta = {
+            "updates": self.progress.updates,
+            "skipped": self.progress.skipped,
+            "optimizer": self.recipe.optimizer.name,
+            "recipe": dump_recipe(self.recipe),
+        }
+        if not self.topology.first:
+            return
+        try:
+            checkpoint.save(self.run.checkpoints, step, state, meta, self.recipe.checkpoint.keep_last)
+        except checkpoint.CheckpointError as error:
+            kept = checkpoint.committed(self.run.checkpoints)
+            told = f"{error}; {f'{kept[-1].name} is kept' if kept else 'there is none before it'}"
+            if final:
+                raise UserError(f"{told}. Make room and type the same command again.") from None
+            self._tell(f"{told}. The run goes on and tries again at the next checkpoint.")
+
+    def _resume(self) -> None:
+        saved, messages = self.run.newest_checkpoint()
+        for message in messages:
+            self._tell(message)
+        if saved is None:
+            return
+        check_same_model(self.recipe, saved)
+        self.engine.load(saved.tensors(), saved.meta["updates"])
+        self.progress = Progress(saved.step, saved.meta["updates"], saved.meta["skipped"])
+        self._tell(f"Resumed from {saved.folder} at step {saved.step}.")
+
+    def _check_batch(self) -> None:
+        train, ranks = self.recipe.train, self.topology.data_ranks
+        if train.batch % (ranks * train.micro_batch):
+            raise UserError(
+                f"train.batch: {train.batch} does not divide into {ranks} data ranks with whole micro-batches of "
+                f"train.micro_batch: {train.micro_batch}; try a multiple of {ranks * train.micro_batch}"
+            )
+
+    def _callbacks(self) -> list[Callback]:
+        return self.callbacks if self.topology.first else []
+
+    def _tell(self, message: str) -> None:
+        for callback in self._callbacks():
+            callback.on_message(message)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM stops the run at the step's edge; a second SIGINT stops it at once."""
+
+        def stop(number: int, _frame: Any) -> None:
+            self._stop = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._tell(f"{signal.Signals(number).name}: a checkpoint follows this step; Ctrl-C again ends at once.")
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def open_stream(recipe: Recipe, data_rank: int, data_ranks: int) -> TrainStream:
+    """The recipe's data for one rank; shards are checked first. Raises UserError for what is missing or damaged."""
+    data = recipe.data
+    return TrainStream(
+        [StreamSpec(stream.path) for stream in data.streams],
+        batch=recipe.train.batch,
+        data_rank=data_rank,
+        data_ranks=data_ranks,
+        seed=recipe.train.seed,
+        shuffle=data.shuffle,
+        workers=data.workers,
+        resolution=data.resolution,
+    )
+
+
+def load_checked_autoencoder(recipe: Recipe, device: torch.device):
+    """The recipe's autoencoder. Raises UserError where its latents are not what the model is made for."""
+    loaded = load_autoencoder(recipe.data.autoencoder, device=device, dtype=torch.float32)
+    side, model = recipe.data.resolution // loaded.factor, recipe.model
+    for key, value, needed in (("channels", model.channels, loaded.channels), ("side", model.side, side)):
+        if value != needed:
+            raise UserError(
+                f"model.{key}: {value} does not fit data.autoencoder: {recipe.data.autoencoder}, whose latents of "
+                f"data.resolution {recipe.data.resolution} have {needed}"
+            )
+    return loaded
+
+
+def train(recipe: Recipe, runs: Path, callbacks: list[Callback]) -> int:
+    """Trains `recipe` in `runs/NAME`, from its newest checkpoint if it has one. Returns the exit code.
+
+    Raises UserError for bad input, before the first step.
+    """
+    try:
+        return Trainer(recipe, Run(runs / recipe.run), callbacks).fit()
+    finally:
+        topology.stop()

@@ -1,0 +1,20 @@
+"""The moving average of the weights, over the same slices as the optimizer's."""
+
+import torch
+from torch import Tensor
+
+
+class Ema:
+    """Average of fp32 slices. The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that the
+    first weights are soon forgotten."""
+
+    def __init__(self, masters: list[Tensor], decay: float):
+        self.slices = [master.clone() for master in masters]
+        self.decay = decay
+        self.updates = 0
+
+    def update(self, masters: list[Tensor]) -> None:
+        """Takes in the weights of one more update."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self.slices, masters, 1 - decay)
+        self.updates += 1

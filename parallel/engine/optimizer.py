@@ -1,0 +1,132 @@
+"""RMSProp with momentum, in both forms, over flat slices of the weights, all slices at once.
+
+A *unit* is a tensor of the model, or one expert's matrix of an expert weight; a slice is the part of a unit that this
+rank updates. All of a unit's slices, on whatever ranks, make the same update that one rank would.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TINY = 1e-30  # added to squares, so that a gradient of zero divides to zero
+
+
+@dataclass
+class Slice:
+    """master: fp32, flat. unit: number of its unit, the same on all ranks. decay: whether weights decay."""
+
+    master: Tensor
+    unit: int
+    decay: bool
+
+
+class RmspropMomentum:
+    """The form of AdaStar in the paper's authors' public code base, axlearn:
+
+    v = EMA(g^2), bias-corrected; u = g / sqrt(v); u /= max(1, rms(u)) for each unit; m = EMA(u);
+    p -= lr (m + weight_decay p).
+    """
+
+    def __init__(
+        self,
+        slices: list[Slice],
+        unit_numels: list[int],
+        *,
+        weight_decay: float = 0.0,
+        beta_square: float = 0.95,
+        beta_momentum: float = 0.95,
+        clip_update: float = 1.0,
+        sum_over_ranks: Callable[[Tensor], Tensor] = lambda values: values,
+    ):
+        """`unit_numels`: the size of every whole unit, also of those that this rank has no slice of.
+        `sum_over_ranks`: sums a vector with one number a unit over the ranks that share the units."""
+        self.weight_decay = weight_decay
+        self.beta_square, self.beta_momentum, self.clip_update = beta_square, beta_momentum, clip_update
+        self._masters = [piece.master for piece in slices]
+        self._decayed = [piece.master for piece in slices if piece.decay]
+        self._sum = sum_over_ranks
+        device = self._masters[0].device if slices else None
+        self._units = torch.tensor([piece.unit for piece in slices], dtype=torch.int64, device=device)
+        self._numels = torch.tensor(unit_numels, dtype=torch.float32, device=device)
+        self.states = {
+            "square": [torch.zeros_like(master) for master in self._masters],
+            "momentum": [torch.zeros_like(master) for master in self._masters],
+        }
+        self.step_count = 0
+
+    @torch.no_grad()
+    def step(self, gradients: list[Tensor], lr: float) -> None:
+        """One update from fp32 gradients shaped like the slices, which it overwrites."""
+        self.step_count += 1
+        square, momentum = self.states["square"], self.states["momentum"]
+        torch._foreach_mul_(square, self.beta_square)
+        torch._foreach_addcmul_(square, gradients, gradients, 1 - self.beta_square)
+        correction = 1 - self.beta_square**self.step_count
+        root = torch._foreach_div(square, correction)
+        torch._foreach_add_(root, TINY)
+        torch._foreach_sqrt_(root)
+        torch._foreach_div_(gradients, root)  # u
+        torch._foreach_mul_(gradients, self._update_scales(gradients))
+        torch._foreach_lerp_(momentum, gradients, 1 - self.beta_momentum)
+        if self.weight_decay:
+            torch._foreach_mul_(self._decayed, 1 - lr * self.weight_decay)
+        torch._foreach_add_(self._masters, momentum, alpha=-lr)
+
+    def _update_scales(self, updates: list[Tensor]) -> list[Tensor]:
+        """1 / max(1, rms / clip_update) of each slice's unit, as scalars on the device."""
+        squares = squared_norms(updates)
+        totals = self._sum(torch.zeros_like(self._numels).index_add_(0, self._units, squares))
+        rms = (totals / self._numels).sqrt()
+        return list((1 / (rms / self.clip_update).clamp(min=1))[self._units].unbind())
+
+
+class TorchRmsprop:
+    """torch.optim.RMSprop with momentum 0.9 over the slices; every element for itself, so units do not matter.
+
+    Here the learning rate enters the momentum, epsilon stands outside the root, and the momentum sums instead of
+    averaging, so the same rate makes steps about ten times those of `RmspropMomentum`.
+    """
+
+    def __init__(self, slices: list[Slice], *, weight_decay: float = 0.0):
+        self._masters = [piece.master for piece in slices]
+        groups = [
+            {"params": [s.master for s in slices if s.decay], "weight_decay": weight_decay},
+            {"params": [s.master for s in slices if not s.decay], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        self._optimizer = torch.optim.RMSprop(groups, momentum=0.9, foreach=True)
+        for master in self._masters:  # made before the first step, so that a checkpoint can be loaded into them
+            self._optimizer.state[master] = {
+                "step": torch.zeros(()),
+                "square_avg": torch.zeros_like(master),
+                "momentum_buffer": torch.zeros_like(master),
+            }
+        self.states = {
+            kind: [self._optimizer.state[master][key] for master in self._masters]
+            for kind, key in (("square", "square_avg"), ("momentum", "momentum_buffer"))
+        }
+        self.step_count = 0  # nothing of this form depends on it
+
+    @torch.no_grad()
+    def step(self, gradients: list[Tensor], lr: float) -> None:
+        """One update from fp32 gradients shaped like the slices."""
+        self.step_count += 1
+        for master, gradient in zip(self._masters, gradients, strict=True):
+            master.grad = gradient
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+
+def squared_norms(tensors: list[Tensor]) -> Tensor:
+    """Sum of squares of each of n tensors -> (n,)."""
+    return torch.stack(torch._foreach_norm(tensors)).square()
+
+
+@torch.no_grad()
+def clip_by_global_norm(gradients: list[Tensor], norm: Tensor, limit: float) -> None:
+    """Scales gradients in place so that their global norm, given as `norm`, is at most `limit`."""
+    torch._foreach_mul_(gradients, (limit / norm.clamp(min=TINY)).clamp(max=1.0))
