@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ecdit.callbacks import Callback
 from ecdit.data.encoders import load_autoencoder, load_text_encoder
-from ecdit.data.stream import Batch, StreamSpec, TrainStream
+from ecdit.data.stream import Batch, TrainStream
 from ecdit.diffusion.draws import draw, drop_captions
 from ecdit.diffusion.masking import keep_count, ratio_at
 from ecdit.diffusion.objective import MicroBatch, objective
@@ -266,7 +266,7 @@ def open_stream(recipe: Recipe, data_rank: int, data_ranks: int) -> TrainStream:
     """The recipe's data for one rank; shards are checked first. Raises UserError for what is missing or damaged."""
     data = recipe.data
     return TrainStream(
-        [StreamSpec(stream.path) for stream in data.streams],
+        [Path(stream.path) for stream in data.streams],
         batch=recipe.train.batch,
         data_rank=data_rank,
         data_ranks=data_ranks,

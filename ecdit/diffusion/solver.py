@@ -1,6 +1,7 @@
 """Solvers of the sampling ODE dx/dt = v(x, t), from noise at t = 0 to data at t = 1."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,14 +18,14 @@ def time_grid(steps: int, shift: float = 1.0) -> list[float]:
 
 def euler(velocity: Velocity, x: Tensor, grid: list[float]) -> Tensor:
     """One evaluation a step; first order."""
-    for t, after in zip(grid[:-1], grid[1:], strict=True):
+    for t, after in pairwise(grid):
         x = x + (after - t) * velocity(x, t)
     return x
 
 
 def heun(velocity: Velocity, x: Tensor, grid: list[float]) -> Tensor:
     """Two evaluations a step; second order."""
-    for t, after in zip(grid[:-1], grid[1:], strict=True):
+    for t, after in pairwise(grid):
         first = velocity(x, t)
         second = velocity(x + (after - t) * first, after)
         x = x + (after - t) / 2 * (first + second)
