@@ -146,21 +146,28 @@ def _digits(rng: np.random.Generator) -> Sample:
 
 
 def _places(rng: np.random.Generator, sizes: list[str], relation: str | None = None) -> list[tuple[int, int]]:
-    """Centres that keep a pixel from the edge and GAP from each other; drawn anew until they do.
+    """Centres that keep a pixel from the edge and GAP from each other.
 
-    Under a relation the first stands clear of the second along it, and less far off across.
+    Three and four stand in a quarter of the picture each; two anywhere, drawn anew until they fit. Under a relation
+    the first stands clear of the second along it, and less far off across.
     """
     halves = [SIZES[size] for size in sizes]
+    if len(sizes) > 2:
+        quarters = rng.permutation(4)[: len(sizes)].tolist()
+        return [(_within(rng, half, q % 2), _within(rng, half, q // 2)) for half, q in zip(halves, quarters, strict=True)]
     while True:
         places = [tuple(int(v) for v in rng.integers(half + 1, SIDE - 1 - half, size=2)) for half in halves]
-        pairs = [(i, j) for i in range(len(places)) for j in range(i)]
-        if not all(
-            max(abs(a - b) for a, b in zip(places[i], places[j], strict=True)) > halves[i] + halves[j] + GAP
-            for i, j in pairs
-        ):
-            continue
-        if relation is None or _stands(places[0], places[1], relation, halves[0] + halves[1]):
+        if len(places) == 1:
             return places
+        apart = max(abs(a - b) for a, b in zip(*places, strict=True))
+        if apart > sum(halves) + GAP and (relation is None or _stands(*places, relation, sum(halves))):
+            return places
+
+
+def _within(rng: np.random.Generator, half: int, far: int) -> int:
+    """A place in the near or the far half of the picture's side, clear of the other half."""
+    first, last = half + 1, SIDE // 2 - half - 2
+    return int(rng.integers(first, last + 1)) + far * SIDE // 2
 
 
 def _stands(first: tuple[int, int], second: tuple[int, int], relation: str, clear: int) -> bool:
