@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 a run that cannot go on, 2 bad input, 75 stopped with a checkpoint and wants to go on.
 """
 
+import errno
 import json
 import os
 import sys
@@ -159,6 +160,11 @@ def main() -> None:
         app()
     except UserError as error:
         console.print(f"ecdit: {error}", markup=False)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        console.print(f"ecdit: {error.filename or 'a file'}: {error.strerror}", markup=False)
         sys.exit(2)
 
 

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +95,7 @@ class Trainer:
         self.progress = Progress()
         self.peak = peak_flops(device, DTYPES[recipe.train.precision]) * self.topology.data_ranks
         self._stop = False
+        self._complained: set[Callback] = set()
 
     def fit(self) -> int:
         """Trains to the last step or until told to stop. Returns the exit code."""
@@ -102,20 +103,17 @@ class Trainer:
         if self.topology.first:
             self.run.write_recipe(self.recipe)
         with self._signals():
-            for callback in self._callbacks():
-                callback.on_start(self)
+            self._notify(lambda callback: callback.on_start(self))
             try:
                 return self._loop()
             finally:
-                for callback in self._callbacks():
-                    callback.on_end(self)
+                self._notify(lambda callback: callback.on_end(self))
 
     def _loop(self) -> int:
         batches = self.stream.batches(self.progress.step)
         while self.progress.step < self.recipe.train.steps:
             record = self._step(next(batches))
-            for callback in self._callbacks():
-                callback.on_step(self, record)
+            self._notify(lambda callback: callback.on_step(self, record))
             if self.progress.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
                 return self._give_up()
             if self.topology.agree(self._stop):
@@ -188,14 +186,13 @@ class Trainer:
         return 3 * forward_flops(model, kept) * self.recipe.train.batch
 
     def _give_up(self) -> int:
-        """Ends a run whose losses stay non-finite. Skipped updates changed nothing, so the weights are still good."""
-        self.progress.step -= self.progress.skipped_in_a_row
-        if self.progress.step:
-            self._save(final=True)
+        """Ends a run whose losses stay non-finite, leaving its checkpoints as they are."""
+        good = checkpoint.committed(self.run.checkpoints)
+        newest = f"The newest checkpoint is {good[-1]}." if good else "There is no checkpoint before it."
         self._tell(
-            f"The loss or a gradient was not finite in {MOST_SKIPPED_IN_A_ROW} steps in a row; no update was made "
-            f"since step {self.progress.step}, and the newest checkpoint is from before that. Look at "
-            f"optimizer.lr ({self.recipe.optimizer.lr:g}), the data, and {self.run.metrics_file}."
+            f"The loss or a gradient was not finite in the last {MOST_SKIPPED_IN_A_ROW} steps, the first of them step "
+            f"{self.progress.step - MOST_SKIPPED_IN_A_ROW + 1}; none of them changed a weight. {newest} "
+            f"Look at optimizer.lr ({self.recipe.optimizer.lr:g}), the data, and {self.run.metrics_file}."
         )
         return FAILED
 
@@ -238,11 +235,18 @@ class Trainer:
                 f"train.micro_batch: {train.micro_batch}; try a multiple of {ranks * train.micro_batch}"
             )
 
-    def _callbacks(self) -> list[Callback]:
-        return self.callbacks if self.topology.first else []
+    def _notify(self, call: Callable[[Callback], None]) -> None:
+        """Calls every callback on the first rank. One that cannot write (a full disk, say) does not end the run."""
+        for callback in self.callbacks if self.topology.first else []:
+            try:
+                call(callback)
+            except OSError as error:
+                if callback not in self._complained:
+                    self._complained.add(callback)
+                    self._tell(f"{type(callback).__name__}: {error}. The run goes on without what it would write.")
 
     def _tell(self, message: str) -> None:
-        for callback in self._callbacks():
+        for callback in self.callbacks if self.topology.first else []:
             callback.on_message(message)
 
     @contextmanager

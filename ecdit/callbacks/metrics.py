@@ -20,13 +20,16 @@ class JsonLines(Callback):
         path = trainer.run.metrics_file
         if path.exists():
             keep_until(path, trainer.progress.step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._torn = False
 
     def on_step(self, trainer: "Trainer", record: dict[str, Any]) -> None:
         if record["logged"]:
-            line = {key: _plain(value) for key, value in record.items() if key != "logged"}
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
-            self._file.flush()
+            plain = {key: _plain(value) for key, value in record.items() if key != "logged"}
+            # a line that a full disk cut short is ended before the next one, so that no other is lost with it
+            line = ("\n" if self._torn else "") + json.dumps(plain, allow_nan=False) + "\n"
+            self._torn = True
+            self._torn = self._file.write(line.encode()) != len(line)
 
     def on_end(self, trainer: "Trainer") -> None:
         self._file.close()
@@ -91,13 +94,13 @@ def scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl. A last line that a crash cut short is left out."""
+    """The lines of a metrics.jsonl. A line that a crash or a full disk cut short is left out."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
-            break
+            continue
     return records
 
 

@@ -179,9 +179,7 @@ def _package(package: str, key: str, name: str) -> Any:
     try:
         return __import__(package)
     except ImportError:
-        raise UserError(
-            f"{key}: {name!r} needs the package {package}; install the extra `ecdit[encoders]`"
-        ) from None
+        raise UserError(f"{key}: {name!r} needs the package {package}; install the extra `ecdit[encoders]`") from None
 
 
 def _is_local(key: str, name: str) -> bool:

@@ -154,7 +154,9 @@ def _places(rng: np.random.Generator, sizes: list[str], relation: str | None = N
     halves = [SIZES[size] for size in sizes]
     if len(sizes) > 2:
         quarters = rng.permutation(4)[: len(sizes)].tolist()
-        return [(_within(rng, half, q % 2), _within(rng, half, q // 2)) for half, q in zip(halves, quarters, strict=True)]
+        return [
+            (_within(rng, half, q % 2), _within(rng, half, q // 2)) for half, q in zip(halves, quarters, strict=True)
+        ]
     while True:
         places = [tuple(int(v) for v in rng.integers(half + 1, SIDE - 1 - half, size=2)) for half in halves]
         if len(places) == 1:

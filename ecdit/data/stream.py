@@ -8,6 +8,7 @@ Shapes: `b` images of this rank, `R` pixels a side.
 """
 
 import io
+import signal
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ class TrainStream:
             num_workers=self.workers,
             collate_fn=_collate,
             prefetch_factor=2 if self.workers else None,
+            worker_init_fn=_leave_interrupts_to_the_main_process,
         )
         positions = torch.arange(self._slice.start, self._slice.stop)
         for number, loaded in enumerate(loader, start=step):
@@ -141,6 +143,11 @@ class _Samples(Dataset):
                 f"{pixels.shape[1]}x{pixels.shape[0]}"
             )
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1), sample["caption"], key
+
+
+def _leave_interrupts_to_the_main_process(_worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal; the main one still wants the batch of the step that it finishes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _collate(samples: list) -> tuple[Tensor, list[str], list[str]] | UserError:

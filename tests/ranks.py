@@ -1,0 +1,50 @@
+"""Runs a function on several ranks over gloo, each a process of its own."""
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def run_on_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
+    """Calls function(*args) on `world` ranks and returns what each returned. An error on one is raised here."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("spawn")
+    queue = context.SimpleQueue()
+    processes = [
+        context.Process(target=_rank, args=(function, rank, world, port, args, queue)) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    answers = dict(_next(queue) for _ in processes)
+    for process in processes:
+        process.join(60)
+    return [answers[rank] for rank in range(world)]
+
+
+def _next(queue: Any) -> tuple[int, Any]:
+    rank, answer, error = queue.get()
+    if error is not None:
+        raise AssertionError(f"rank {rank} failed:\n{error}")
+    return rank, answer
+
+
+def _rank(function: Callable[..., Any], rank: int, world: int, port: int, args: tuple, queue: Any) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    try:
+        queue.put((rank, function(*args), None))
+    except BaseException:
+        queue.put((rank, None, traceback.format_exc()))

@@ -1,0 +1,149 @@
+"""The megatron engine against a plain loop, and against itself on more ranks."""
+
+import pytest
+import torch
+
+from ecdit import EcDit
+from ecdit.recipe import ModelRecipe
+from parallel import topology
+from parallel.engine import UpdateSettings
+from parallel.engine.ema import Ema
+from parallel.engine.megatron import MegatronEngine
+from parallel.engine.optimizer import RmspropMomentum, Slice, clip_by_global_norm
+from tests.ranks import run_on_ranks
+from tests.test_model import TINY, inputs
+
+SETTINGS = UpdateSettings("rmsprop_momentum", weight_decay=0.01, clip=0.05, ema=0.99)
+IMAGES, STEPS, LR = 8, 4, 0.01
+
+
+def loss_of(model, batch):
+    return model(*batch).velocity.sub(1).square().mean()
+
+
+def train(settings=SETTINGS, precision=torch.float32, poison=None):
+    """A few steps of a tiny model on this rank's share of the images; losses, norms, and the whole state."""
+    recipe = ModelRecipe(**(TINY | {"group_tokens": 32}))
+    place = topology.start(1)
+    engine = MegatronEngine(EcDit(recipe, seed=1).to(precision), place, settings)
+    images = IMAGES // place.data_ranks
+    trace = []
+    for step in range(STEPS):
+        part = [tensor[place.data_rank * images :][:images] for tensor in inputs(recipe, IMAGES, seed=step)]
+        if step == poison:
+            part[0][:] = float("nan")
+        micro = [[tensor[i : i + 2] for tensor in part] for i in range(0, images, 2)]  # two images fill a group
+        loss = engine.accumulate(micro, lambda model, batch: loss_of(model, batch) * 2 / images)
+        update = engine.update(LR)
+        trace.append((loss.item(), update.grad_norm, update.applied))
+    state = engine.state()
+    topology.stop()
+    return trace, state
+
+
+def plain():
+    """The same steps with nothing but autograd, the optimizer over whole tensors, and the EMA."""
+    recipe = ModelRecipe(**(TINY | {"group_tokens": 32}))
+    model = EcDit(recipe, seed=1)
+    units = []
+    for weight in model.parameters():
+        units += list(weight.detach().unbind()) if weight.expert else [weight.detach()]
+    decays = [weight.ndim > 1 for weight in model.parameters() for _ in range(len(weight) if weight.expert else 1)]
+    masters = [unit.view(-1) for unit in units]
+    slices = [Slice(master, i, decay) for i, (master, decay) in enumerate(zip(masters, decays, strict=True))]
+    optimizer = RmspropMomentum(slices, [len(m) for m in masters], weight_decay=SETTINGS.weight_decay)
+    ema = Ema(masters, SETTINGS.ema)
+    trace = []
+    for step in range(STEPS):
+        model.zero_grad()
+        loss = loss_of(model, inputs(recipe, IMAGES, seed=step))
+        loss.backward()
+        grads = []
+        for weight in model.parameters():
+            grads += [g.flatten() for g in (weight.grad.unbind() if weight.expert else [weight.grad])]
+        norm = torch.stack([g.norm() for g in grads]).norm()
+        clip_by_global_norm(grads, norm, SETTINGS.clip)
+        optimizer.step(grads, LR)
+        ema.update(masters)
+        trace.append((loss.item(), norm.item()))
+    return trace, dict(model.state_dict())
+
+
+def assert_same(a, b, tolerance):
+    for name, expected in b.items():
+        assert (a[name] - expected).norm() <= tolerance * expected.norm() + 1e-7, name
+
+
+def test_one_rank_is_a_plain_loop():
+    (trace, state), (expected, weights) = train(), plain()
+    for (loss, norm, applied), (plain_loss, plain_norm) in zip(trace, expected, strict=True):
+        assert applied
+        assert loss == pytest.approx(plain_loss, rel=1e-5)
+        assert norm == pytest.approx(plain_norm, rel=1e-4)
+    assert_same(state["weights"], weights, 1e-4)
+
+
+def test_two_and_four_ranks_train_as_one_does():
+    trace, state = train()
+    for world in (2, 4):
+        answers = run_on_ranks(train, world)
+        for other_trace, other_state in answers:
+            for (loss, norm, _), (one_loss, one_norm, _) in zip(other_trace, trace, strict=True):
+                assert loss == pytest.approx(one_loss, rel=1e-5)
+                assert norm == pytest.approx(one_norm, rel=1e-4)
+            for kind in ("weights", "ema", "square", "momentum"):
+                assert_same(other_state[kind], state[kind], 2e-3)
+
+
+def test_state_is_whole_and_loads_into_an_identical_continuation():
+    recipe = ModelRecipe(**TINY)
+    place = topology.start(1)
+
+    def steps(engine, numbers):
+        for step in numbers:
+            batch = inputs(recipe, IMAGES, seed=step)
+            engine.accumulate([batch], loss_of)
+            engine.update(LR)
+
+    engine = MegatronEngine(EcDit(recipe, seed=1), place, SETTINGS)
+    steps(engine, range(3))
+    saved = {kind: {name: t.clone() for name, t in part.items()} for kind, part in engine.state().items()}
+    assert {n: t.shape for n, t in saved["weights"].items()} == {
+        n: p.shape for n, p in EcDit(recipe).named_parameters()
+    }
+    steps(engine, range(3, 5))
+    other = MegatronEngine(EcDit(recipe, seed=2), place, SETTINGS)
+    other.load(saved, 3)
+    steps(other, range(3, 5))
+    for kind, part in engine.state().items():
+        assert all(torch.equal(part[name], other.state()[kind][name]) for name in part), kind
+    topology.stop()
+
+
+def test_averaged_weights_are_there_within_the_context_alone():
+    place = topology.start(1)
+    engine = MegatronEngine(EcDit(ModelRecipe(**TINY), seed=1), place, SETTINGS)
+    engine.accumulate([inputs(engine.model.recipe, IMAGES)], loss_of)
+    engine.update(LR)
+    state = engine.state()
+    with engine.averaged() as model:
+        assert all(torch.equal(p, state["ema"][n]) for n, p in model.named_parameters())
+    assert all(torch.equal(p, state["weights"][n]) for n, p in engine.model.named_parameters())
+    topology.stop()
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    trace, state = train(poison=STEPS - 1)
+    assert [applied for *_, applied in trace] == [True] * (STEPS - 1) + [False]
+    assert all(t.isfinite().all() for part in state.values() for t in part.values())
+
+
+def test_bf16_keeps_fp32_masters():
+    _, state = train(precision=torch.bfloat16)
+    weight = state["weights"]["patch.weight"]
+    assert weight.dtype == torch.float32 and not torch.equal(weight, weight.bfloat16().float())
+
+
+def test_the_classic_form_trains_through_the_engine_too():
+    trace, _ = train(UpdateSettings("torch_rmsprop", 0.0, 1.0, 0.9))
+    assert all(applied for *_, applied in trace)

@@ -1,0 +1,133 @@
+"""Recipes: every resolved one is golden, and every mistake is answered with its key and what would be valid."""
+
+from pathlib import Path
+
+import pytest
+
+from ecdit import UserError, load_recipe
+from ecdit.model.sizes import SIZES, table_rows
+from ecdit.recipe_io import dump_recipe, keys
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.yaml") if p.name != "base.yaml")
+GOLDEN = Path(__file__).parent / "golden"
+QUICKSTART = ROOT / "recipes/quickstart.yaml"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_resolved_recipes_are_golden(path, request):
+    """`pytest --update-golden` writes them anew; the diff shows which setting moved."""
+    text = dump_recipe(load_recipe(path))
+    golden = GOLDEN / path.name
+    if request.config.getoption("--update-golden"):
+        golden.write_text(text)
+    assert text == golden.read_text()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_dump_reads_back(path, tmp_path):
+    recipe = load_recipe(path)
+    (tmp_path / "dump.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "dump.yaml") == recipe
+    assert recipe.run == path.stem
+
+
+def test_every_model_of_table_1_has_a_recipe():
+    found = {(r.model.size, r.model.routing, r.model.experts) for r in map(load_recipe, RECIPES) if r.model.size}
+    for _, size, experts in table_rows():
+        assert (size, "expert_choice", experts) in found or any(f[:2] == (size, "dense") for f in found if not experts)
+    token_choice = {(size, experts) for size, routing, experts in found if routing == "token_choice"}
+    assert token_choice == {(size, experts) for size in ("XL", "XXL") for experts in (8, 16, 32)}
+    m = load_recipe(ROOT / "recipes/m_64e.yaml").model
+    assert (m.layers, m.width, m.heads, m.kv_heads) == (38, 3072, 48, 12) and SIZES["M"].layers == 46
+
+
+def test_the_quickstart_model_can_be_spread_out():
+    recipe = load_recipe(QUICKSTART)
+    model = recipe.model
+    for number in (model.layers, model.heads, model.kv_heads, model.experts, recipe.train.batch):
+        assert number % 4 == 0
+
+
+def test_every_key_is_described():
+    assert all(description for _, description in described())
+    assert len(list(keys())) > 60
+
+
+def described():
+    from ecdit.recipe import Recipe
+
+    def walk(model, prefix=""):
+        for name, field in model.model_fields.items():
+            yield prefix + name, field.description
+            if hasattr(field.annotation, "model_fields"):
+                yield from walk(field.annotation, f"{prefix}{name}.")
+
+    return walk(Recipe)
+
+
+MISTAKES = {
+    "modle.experts=8": "modle: unknown key; did you mean model?",
+    "model.exprets=8": "model.exprets: unknown key; did you mean model.experts?",
+    "lr=1e-3": "lr: unknown key; did you mean optimizer.lr?",
+    "model.heads=5": "model.heads: 5 does not divide width: 128; try one of 1, 2, 4, 8",
+    "model.kv_heads=3": "model.kv_heads: 3 does not divide heads: 4; try one of 1, 2, 4",
+    "model.patch=3": "model.patch: 3 does not divide side: 32",
+    "model.experts=7": "model.experts: 7 gives no whole capacity",
+    "model.capacity_factor=9": "model.capacity_factor: 9.0 is over experts: 8",
+    "model.group_tokens=96": "model.group_tokens: 96 is no whole number of images",
+    "model.side=16": "model.side: 16 does not fit data.autoencoder: pixels",
+    "model.channels=4": "model.channels: 4 does not fit data.autoencoder: pixels",
+    "model.size=XL": "model.layers: 8 contradicts size: XL",
+    "model.layers=many": "model.layers: 'many' is not valid: input should be a valid integer",
+    "model.routing=hash": "model.routing: 'hash' is not valid",
+    "model.decoder.layers=2": "model.decoder.layers: 2 decoder layers, but masking.ratio masks nothing",
+    "train.micro_batch=8": "train.micro_batch: 8 images of 64 tokens",
+    "train.batch=63": "does not divide train.batch: 63",
+    "train.precision=fp8": "train.precision: 'fp8' is not valid: input should be 'bf16' or 'fp32'",
+    "masking.ratio=1.0": "masking.ratio: 1.0 is not valid",
+    "masking.ratio=[[1,0.5]]": "begin with 0",
+    "masking.ratio=[[0,0.5],[9,0.0],[5,0.5]]": "the steps ascend",
+    "masking.ratio=0.999": "masking.ratio: 0.999 leaves no token of 64",
+    "optimizer.lr=-1": "optimizer.lr: -1 is not valid: input should be greater than 0",
+    "data.streams=[]": "data.streams: [] is not valid",
+    "data.streams.4.path=x": "4 is no place in a list of 1",
+    "parallel.tensor=2": "parallel.tensor: 2 is not valid: only 1 is supported by this version",
+    "run=a/b": "run: 'a/b' is not valid",
+    "nonsense": "an override has the form key=value",
+    "train=3": "train: 3 is not valid",
+    "train.steps.more=3": "steps is a value, not a section",
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_a_mistake_is_named(override):
+    with pytest.raises(UserError) as error:
+        load_recipe(QUICKSTART, [override])
+    assert MISTAKES[override] in str(error.value)
+
+
+def test_overrides_take_yaml_and_reach_into_lists():
+    recipe = load_recipe(
+        QUICKSTART, ["optimizer.lr=1e-3", "data.streams.0.path=elsewhere", "masking.ratio=[[0, 0.5], [9, 0.0]]"]
+    )
+    assert recipe.optimizer.lr == 1e-3
+    assert recipe.data.streams[0].path == "elsewhere"
+    assert recipe.masking.schedule == [(0, 0.5), (9, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("extends: absent.yaml", "cannot read this recipe, which"),
+        ("extends: bad.yaml", "extends itself"),
+        ("a: [1", "not valid YAML"),
+        ("run: a\nrun: b", "'run' stands twice"),
+        ("- 1", "a recipe is a mapping"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(tmp_path, text, expected):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(UserError, match=expected) as error:
+        load_recipe(tmp_path / "bad.yaml")
+    assert "bad.yaml" in str(error.value)

@@ -1,0 +1,45 @@
+"""A tiny T5 encoder and AutoencoderKL with random weights, saved as downloaded ones are."""
+
+from pathlib import Path
+
+import torch
+
+WIDTH, CHANNELS, FACTOR = 32, 4, 8
+
+
+def make_text_encoder(folder: Path) -> Path:
+    """A two-layer T5 with a tokenizer that knows some words and ends a caption with </s>, as T5's does."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    words = ["<pad>", "</s>", "<unk>", *"a the of in on and with picture photo man woman red blue dog".split()]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    wrapped.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(words), d_model=WIDTH, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+    )
+    T5EncoderModel(config).save_pretrained(folder)
+    return folder
+
+
+def make_autoencoder(folder: Path) -> Path:
+    """An AutoencoderKL with the factor of 8 and the 4 channels of Stable Diffusion's."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 8, 8),
+        latent_channels=CHANNELS,
+        layers_per_block=1,
+        norm_num_groups=4,
+        scaling_factor=0.5,
+    ).save_pretrained(folder)
+    return folder
