@@ -143,11 +143,12 @@ class ModelRecipe(Section):
 
     def _capacity_is_whole(self, tokens: int, use: str) -> None:
         rows = tokens * self.capacity_factor
-        where = f"in {use} a routing group has {tokens} tokens, and capacity_factor {self.capacity_factor:g} "
         if rows % self.experts:
-            valid = [e for e in range(1, 129) if rows % e == 0 and rows / e <= tokens]
+            both = (self.group_tokens * self.capacity_factor, self.sample_group_tokens * self.capacity_factor)
+            valid = [e for e in range(1, 129) if e >= self.capacity_factor and not any(n % e for n in both)]
             raise ValueError(
-                f"@experts: {self.experts} gives no whole capacity: {where}makes {rows:g} rows to share; "
+                f"@experts: {self.experts} gives no whole capacity: in {use} a routing group has {tokens} tokens, "
+                f"and capacity_factor {self.capacity_factor:g} makes {rows:g} rows to share; "
                 f"try one of {', '.join(map(str, valid))}"
             )
         if rows > tokens * self.experts:

@@ -113,7 +113,7 @@ class Trainer:
         batches = self.stream.batches(self.progress.step)
         while self.progress.step < self.recipe.train.steps:
             record = self._step(next(batches))
-            self._notify(lambda callback: callback.on_step(self, record))
+            self._notify(lambda callback, record=record: callback.on_step(self, record))
             if self.progress.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
                 return self._give_up()
             if self.topology.agree(self._stop):

@@ -27,7 +27,7 @@ def test_known_answers():
 
 
 def test_keys_are_stable_and_differ_by_seed_purpose_and_step():
-    assert key_of(0, "noise", 1) == 15346886206166893190
+    assert key_of(0, "noise", 1) == 13073165111847060661
     keys = {key_of(seed, purpose, step) for seed in (0, 1) for purpose in ("noise", "time") for step in (0, 1, 10)}
     assert len(keys) == 12
     assert key_of(1, 0) != key_of(10)
@@ -49,7 +49,7 @@ def test_a_stream_does_not_depend_on_its_neighbours(order, n):
 
 def test_uniforms_lie_inside_and_are_uniform():
     draws = uniform(key_of(1, "u"), torch.arange(1000), 100)
-    assert 0 < draws.min() and draws.max() < 1
+    assert draws.min() > 0 and draws.max() < 1
     assert stats.kstest(draws.flatten().numpy(), "uniform").pvalue > 0.01
 
 
@@ -66,4 +66,4 @@ def test_golden_values():
     )
 
 
-GOLDEN = [0.0, 0.0, 0.0, 0.0]
+GOLDEN = [0.4669232, -0.1864488, -2.5400436, 2.690851]

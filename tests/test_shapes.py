@@ -79,7 +79,7 @@ def test_golden_samples():
     ]
 
 
-GOLDEN_IMAGES = ""
+GOLDEN_IMAGES = "64671258d4b73c5f008cbbc33b1652f35739acc8fa199bc912d5783503f94245"
 
 
 @given(st.integers(0, 2**32), st.integers(0, 2**32))

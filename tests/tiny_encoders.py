@@ -4,6 +4,10 @@ from pathlib import Path
 
 import torch
 
+from ecdit.data.torchvision_guard import hide_broken_torchvision
+
+hide_broken_torchvision()
+
 WIDTH, CHANNELS, FACTOR = 32, 4, 8
 
 
@@ -12,13 +16,14 @@ def make_text_encoder(folder: Path) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-    words = ["<pad>", "</s>", "<unk>", *"a the of in on and with picture photo man woman red blue dog".split()]
+    words = ["<pad>", "</s>", "<unk>", "a", "the", "of", "in", "on", "with", "picture", "photo", "man", "woman"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
     wrapped.save_pretrained(folder)
     torch.manual_seed(0)
     config = T5Config(

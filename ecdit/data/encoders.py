@@ -8,7 +8,6 @@ Shapes: `B` images, `L` text tokens, `Y` width of the text embedding, `c` latent
 
 import hashlib
 import math
-import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ecdit.data.torchvision_guard import hide_broken_torchvision
 from ecdit.errors import UserError
 
 
@@ -175,7 +175,7 @@ def to_bytes(pictures: Tensor) -> Tensor:
 
 
 def _package(package: str, key: str, name: str) -> Any:
-    os.environ.setdefault("USE_TORCHVISION", "0")
+    hide_broken_torchvision()
     try:
         return __import__(package)
     except ImportError:
