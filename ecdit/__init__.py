@@ -8,7 +8,7 @@ _PUBLIC = {
     "Recipe": "ecdit.recipe",
     "UserError": "ecdit.errors",
     "load_recipe": "ecdit.recipe_io",
-    "sample": "ecdit.sample",
+    "sample": "ecdit.sampling",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -1,6 +1,7 @@
 """Runs a function on several ranks over gloo, each a process of its own."""
 
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -32,7 +33,7 @@ def _next(queue: Any) -> tuple[int, Any]:
     rank, answer, error = queue.get()
     if error is not None:
         raise AssertionError(f"rank {rank} failed:\n{error}")
-    return rank, answer
+    return rank, pickle.loads(answer)
 
 
 def _rank(function: Callable[..., Any], rank: int, world: int, port: int, args: tuple, queue: Any) -> None:
@@ -45,6 +46,7 @@ def _rank(function: Callable[..., Any], rank: int, world: int, port: int, args: 
     }
     torch.set_num_threads(1)
     try:
-        queue.put((rank, function(*args), None))
+        # pickled whole: torch's own queues share memory that goes when its process does
+        queue.put((rank, pickle.dumps(function(*args)), None))
     except BaseException:
         queue.put((rank, None, traceback.format_exc()))

@@ -10,7 +10,7 @@ import sys
 def hide_broken_torchvision() -> None:
     """Makes torchvision count as not installed where importing it fails."""
     try:
-        import torchvision  # noqa: F401
+        import torchvision.transforms  # noqa: F401
     except (ImportError, OSError, RuntimeError):
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]

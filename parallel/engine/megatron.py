@@ -66,7 +66,6 @@ class MegatronEngine:
 
     def update(self, lr: float) -> Update:
         """One update, unless a gradient is not finite: then nothing changes."""
-        self._ddp.start_grad_sync()
         finalize_model_grads([self._ddp], pg_collection=self.topology.groups)
         norm = torch.stack([part.shard.sum(squared_norms(part.gradients).sum()) for part in self._parts]).sum().sqrt()
         applied = bool(norm.isfinite())
