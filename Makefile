@@ -12,7 +12,7 @@ quickstart: $(VENV)/.ready
 	$(PY) -m ecdit.cli prepare shapes data/shapes
 	$(PY) -m ecdit.cli train recipes/quickstart.yaml
 	$(PY) -m ecdit.cli sample runs/quickstart --heatmap
-	$(PY) -m ecdit.cli evaluate runs/quickstart --suite shapes
+	$(PY) -m ecdit.cli evaluate runs/quickstart --suite shapes -n 25
 
 test: $(VENV)/.ready
 	$(PY) -m pytest -q

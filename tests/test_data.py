@@ -4,7 +4,6 @@ import io
 import json
 import tarfile
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +18,9 @@ from ecdit.data.prepare import prepare
 from ecdit.data.shapes import make
 from ecdit.data.stream import TrainStream
 from ecdit.data.streaming_import import StreamingDataset
+from tests.photographs import photographs
 
 COUNT, BATCH = 37, 8
-PHOTOGRAPHS = Path(__file__).parents[2] / "shared/data/cc12m_sample.tar"
 
 
 @pytest.fixture(scope="module")
@@ -192,9 +191,8 @@ def test_prepare_is_idle_when_done_and_refuses_to_mix(tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.skipif(not PHOTOGRAPHS.exists(), reason=f"the photographs are not at {PHOTOGRAPHS}")
-def test_real_photographs(tmp_path):
-    prepare(str(PHOTOGRAPHS), tmp_path / "out", resolution=None, count=1, seed=0)
+def test_photographs(tmp_path):
+    prepare(str(photographs(tmp_path)), tmp_path / "out", resolution=None, count=1, seed=0)
     entries = json.loads((tmp_path / "out/index.json").read_text())["shards"]
     assert sum(entry["samples"] for entry in entries) == 32
     batch = next(TrainStream([tmp_path / "out"], batch=32, resolution=256).batches(0))

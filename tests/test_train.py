@@ -15,7 +15,7 @@ from PIL import Image
 from ecdit import UserError, load_recipe, sample
 from ecdit.callbacks.metrics import read_metrics
 from ecdit.data.prepare import prepare
-from tests.test_data import PHOTOGRAPHS
+from tests.photographs import photographs
 from tests.tiny_encoders import make_autoencoder, make_text_encoder
 
 ROOT = Path(__file__).parents[1]
@@ -249,10 +249,9 @@ def test_evaluate_prints_json_on_standard_output_alone(trained):
     assert "valid: shapes" in complaint(ecdit("evaluate", trained, "--suite", "fidd"))
 
 
-@pytest.mark.skipif(not PHOTOGRAPHS.exists(), reason=f"the photographs are not at {PHOTOGRAPHS}")
-def test_real_photographs_are_overfitted_through_real_encoders(tmp_path):
+def test_photographs_are_overfitted_through_real_encoders(tmp_path):
     """32 photographs, a T5 encoder and an AutoencoderKL loaded as downloaded ones are."""
-    prepare(str(PHOTOGRAPHS), tmp_path / "photographs", resolution=64, count=1, seed=0)
+    prepare(str(photographs(tmp_path)), tmp_path / "photographs", resolution=64, count=1, seed=0)
     encoders = make_text_encoder(tmp_path / "t5"), make_autoencoder(tmp_path / "vae")
     done = ecdit(
         *command(tmp_path / "photographs", tmp_path),

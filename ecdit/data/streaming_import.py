@@ -1,13 +1,16 @@
-"""The one import of mosaicml-streaming.
+"""The one import of mosaicml-streaming, with any build of torch.
 
-Its package imports torchvision for data sets of images that are not used here, and torchvision raises on import where
-it was built for another torch (the CPU build of torch, say). An empty module in the place of `streaming.vision` lets
-the rest load with any torch.
+Its package imports torchvision for data sets of images that are not used here: an empty module in the place of
+`streaming.vision` makes that unnecessary. It also imports transformers, which settles then whether there is a
+torchvision: one that cannot be loaded is hidden before.
 """
 
 import sys
 import types
 
+from ecdit.data.torchvision_guard import hide_broken_torchvision
+
+hide_broken_torchvision()
 if "streaming" not in sys.modules:
     sys.modules.setdefault("streaming.vision", types.ModuleType("streaming.vision"))
 

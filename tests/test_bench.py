@@ -1,0 +1,40 @@
+"""The benchmark command: its report's form. Its figures are in docs/benchmarks.md."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import moe
+from ecdit.cli import app
+
+
+def run(*args):
+    return CliRunner().invoke(app, ["bench", *map(str, args)])
+
+
+def test_the_report_has_its_promised_form(tmp_path, monkeypatch):
+    for name, small in (("G", 1), ("T", 64), ("D", 16), ("ROUNDS", 2)):
+        monkeypatch.setattr(moe, name, small)
+    done = run("moe", "--json", tmp_path / "moe.json")
+    assert done.exit_code == 0, done.exception
+    report = json.loads((tmp_path / "moe.json").read_text())
+    assert {"torch", "device"} <= report["machine"].keys()
+    assert len(report["rows"]) == 6
+    for row in report["rows"]:
+        assert row.keys() == {"name", "milliseconds", "against", "ratio"} and row["milliseconds"] > 0
+        assert (row["against"] is None) == (row["ratio"] is None)
+    assert "EC-DiT layer, E 64" in done.stdout
+
+
+def test_an_unknown_benchmark_is_refused():
+    assert "'mo' is no benchmark; valid: moe" in str(run("mo").exception)
+
+
+@pytest.mark.slow
+def test_the_layer_costs_what_an_ffn_of_equal_flops_costs():
+    """The targets of the MoE layer on a CPU, on an otherwise idle machine."""
+    ratios = {row.name: row.ratio for row in moe.rows() if row.ratio is not None}
+    assert ratios["EC-DiT layer, E 16"] <= 1.2
+    assert ratios["EC-DiT layer, E 64"] <= 1.3
+    assert ratios["Algorithm 1 as printed, E 64"] >= 8
