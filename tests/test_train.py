@@ -147,6 +147,27 @@ def test_two_ranks_follow_the_same_curve(shapes, trained, tmp_path):
     assert losses(tmp_path / "quickstart") == pytest.approx(losses(trained), rel=1e-4)
 
 
+OTHER_WAYS = {
+    "bf16": ["train.precision=bf16"],
+    "masked, with a decoder, then unmasked": [
+        "masking.ratio=[[0,0.5],[6,0.0]]", "model.decoder.layers=1", "model.decoder.width=16",
+        "model.decoder.heads=2", "model.group_tokens=128",
+    ],
+    "token choice": ["model.routing=token_choice"],
+    "dense, the classic optimizer": ["model.routing=dense", "optimizer.name=torch_rmsprop", "optimizer.lr=3e-4"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", OTHER_WAYS)
+def test_other_ways_to_train(shapes, tmp_path, way):
+    """The loss falls, what is told is finite, and the run can be drawn from."""
+    done = ecdit(*command(shapes, tmp_path, "train.steps=12", *OTHER_WAYS[way]))
+    assert done.returncode == 0, done.stderr
+    curve = losses(tmp_path / "quickstart")
+    assert all(map(math.isfinite, curve)) and curve[-1] < curve[0]
+    assert sample(tmp_path / "quickstart", ["a red circle"], steps=2).images.shape == (1, 3, 32, 32)
+
+
 def test_a_misspelt_key_gets_the_nearest_one(shapes, tmp_path):
     assert "did you mean model.experts?" in complaint(ecdit(*command(shapes, tmp_path, "model.exprets=8")))
     assert not (tmp_path / "quickstart").exists()
