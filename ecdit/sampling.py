@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ecdit.data.encoders import Autoencoder, TextEncoder, load_text_encoder
+from ecdit.data.encoders import Autoencoder, TextEncoder, load_checked_autoencoder, load_text_encoder
 from ecdit.diffusion.draws import seed_noise
 from ecdit.diffusion.patch import unpatchify
 from ecdit.diffusion.solver import euler, guide, heun, time_grid
@@ -48,8 +48,6 @@ class Sampler:
     @classmethod
     def from_run(cls, run: Run, device: torch.device | None = None) -> "Sampler":
         """From the averaged weights of the run's newest checkpoint. Raises UserError where there is none."""
-        from ecdit.train import load_checked_autoencoder
-
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         recipe = run.recipe()
         saved, messages = run.newest_checkpoint()

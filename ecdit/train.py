@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ecdit.callbacks import Callback
-from ecdit.data.encoders import load_autoencoder, load_text_encoder
+from ecdit.data.encoders import load_checked_autoencoder, load_text_encoder
 from ecdit.data.stream import Batch, TrainStream
 from ecdit.diffusion.draws import draw, drop_captions
 from ecdit.diffusion.masking import keep_count, ratio_at
@@ -236,8 +236,10 @@ class Trainer:
             )
 
     def _notify(self, call: Callable[[Callback], None]) -> None:
-        """Calls every callback on the first rank. One that cannot write (a full disk, say) does not end the run."""
-        for callback in self.callbacks if self.topology.first else []:
+        """Calls the callbacks. One that cannot write (a full disk, say) does not end the run."""
+        for callback in self.callbacks:
+            if not (self.topology.first or callback.every_rank):
+                continue
             try:
                 call(callback)
             except OSError as error:
@@ -279,19 +281,6 @@ def open_stream(recipe: Recipe, data_rank: int, data_ranks: int) -> TrainStream:
         workers=data.workers,
         resolution=data.resolution,
     )
-
-
-def load_checked_autoencoder(recipe: Recipe, device: torch.device):
-    """The recipe's autoencoder. Raises UserError where its latents are not what the model is made for."""
-    loaded = load_autoencoder(recipe.data.autoencoder, device=device, dtype=torch.float32)
-    side, model = recipe.data.resolution // loaded.factor, recipe.model
-    for key, value, needed in (("channels", model.channels, loaded.channels), ("side", model.side, side)):
-        if value != needed:
-            raise UserError(
-                f"model.{key}: {value} does not fit data.autoencoder: {recipe.data.autoencoder}, whose latents of "
-                f"data.resolution {recipe.data.resolution} have {needed}"
-            )
-    return loaded
 
 
 def train(recipe: Recipe, runs: Path, callbacks: list[Callback]) -> int:

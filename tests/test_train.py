@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from ecdit import UserError, load_recipe, sample
-from ecdit.callbacks.metrics import read_metrics
+from ecdit.callbacks.metrics import Wandb, read_metrics
 from ecdit.data.prepare import prepare
 from tests.photographs import photographs
 from tests.tiny_encoders import make_autoencoder, make_text_encoder
@@ -139,12 +139,16 @@ def test_losses_do_not_depend_on_the_micro_batch(shapes, trained, tmp_path):
 def test_two_ranks_follow_the_same_curve(shapes, trained, tmp_path):
     launched = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ecdit.cli",
-         *map(str, command(shapes, tmp_path, "log.samples=true"))],
+         *map(str, command(shapes, tmp_path, "log.samples=true", "log.grid_every=4"))],
         capture_output=True, text=True, timeout=240,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert launched.returncode == 0, launched.stderr
-    assert losses(tmp_path / "quickstart") == pytest.approx(losses(trained), rel=1e-4)
+    run = tmp_path / "quickstart"
+    assert losses(run) == pytest.approx(losses(trained), rel=1e-4)
+    assert (run / "samples/step-8.png").exists()
+    records = read_metrics(run / "metrics.jsonl")
+    assert [r["sample_ids"] for r in records] == [r["sample_ids"] for r in read_metrics(trained / "metrics.jsonl")]
 
 
 OTHER_WAYS = {
@@ -165,7 +169,7 @@ def test_other_ways_to_train(shapes, tmp_path, way):
     assert done.returncode == 0, done.stderr
     curve = losses(tmp_path / "quickstart")
     assert all(map(math.isfinite, curve)) and curve[-1] < curve[0]
-    assert sample(tmp_path / "quickstart", ["a red circle"], steps=2).images.shape == (1, 3, 32, 32)
+    assert sample(tmp_path / "quickstart", ["a red circle"], steps=2).images.shape == (1, 32, 32, 3)
 
 
 def test_a_misspelt_key_gets_the_nearest_one(shapes, tmp_path):
@@ -259,6 +263,12 @@ def test_sampling_refuses_what_is_no_run(tmp_path, trained):
     assert "solver: 'midpoint'" in complaint(ecdit("sample", trained, "--solver", "midpoint"))
     with pytest.raises(UserError, match="steps"):
         sample(trained, ["a"], steps=0)
+
+
+def test_wandb_without_its_package_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"log.wandb: 'mine' needs the package wandb"):
+        Wandb("mine")
 
 
 def test_evaluate_prints_json_on_standard_output_alone(trained):

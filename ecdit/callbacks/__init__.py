@@ -7,7 +7,9 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Does nothing; override what is needed. Called on the first rank alone."""
+    """Does nothing; override what is needed. Called on the first rank alone, unless `every_rank` is set."""
+
+    every_rank = False
 
     def on_start(self, trainer: "Trainer") -> None:
         """Before the first step of this process, after a resume."""

@@ -15,17 +15,22 @@ COLUMNS = 4
 class PictureGrid(Callback):
     """`samples/step-N.png`: each prompt of `log.prompts` a row, the same seeds every time."""
 
+    every_rank = True  # the averaged weights are gathered from all of them
+
     def on_step(self, trainer: "Trainer", record: dict[str, Any]) -> None:
         every = trainer.recipe.log.grid_every
         if not every or record["step"] % every:
             return
-        prompts = trainer.recipe.log.prompts
         with trainer.engine.averaged() as model:
-            sampler = Sampler(model, trainer.recipe, trainer.text_encoder, trainer.autoencoder)
-            samples = sampler.draw(
-                [prompt for prompt in prompts for _ in range(COLUMNS)],
-                list(range(COLUMNS)) * len(prompts),
-                trainer.recipe.sample,
-            )
+            if trainer.topology.first:
+                self._draw(trainer, Sampler(model, trainer.recipe, trainer.text_encoder, trainer.autoencoder))
+
+    def _draw(self, trainer: "Trainer", sampler: Sampler) -> None:
+        prompts = trainer.recipe.log.prompts
+        samples = sampler.draw(
+            [prompt for prompt in prompts for _ in range(COLUMNS)],
+            list(range(COLUMNS)) * len(prompts),
+            trainer.recipe.sample,
+        )
         trainer.run.samples.mkdir(parents=True, exist_ok=True)
-        grid(samples.images, prompts, COLUMNS).save(trainer.run.samples / f"step-{record['step']}.png")
+        grid(samples.images, prompts, COLUMNS).save(trainer.run.samples / f"step-{trainer.progress.step}.png")

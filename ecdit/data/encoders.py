@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ecdit.data.torchvision_guard import hide_broken_torchvision
 from ecdit.errors import UserError
+from ecdit.recipe import Recipe
 
 
 class TextEncoder(Protocol):
@@ -167,6 +168,19 @@ class KlLatents:
     def decode(self, latents: Tensor) -> Tensor:
         """(B, c, R / factor, R / factor) -> (B, 3, R, R) uint8."""
         return to_bytes(self._model.decode((latents / self._scale + self._shift).to(self._dtype)).sample)
+
+
+def load_checked_autoencoder(recipe: Recipe, device: torch.device) -> Autoencoder:
+    """The recipe's autoencoder. Raises UserError where its latents are not what the model is made for."""
+    loaded = load_autoencoder(recipe.data.autoencoder, device=device, dtype=torch.float32)
+    side, model = recipe.data.resolution // loaded.factor, recipe.model
+    for key, value, needed in (("channels", model.channels, loaded.channels), ("side", model.side, side)):
+        if value != needed:
+            raise UserError(
+                f"model.{key}: {value} does not fit data.autoencoder: {recipe.data.autoencoder}, whose latents of "
+                f"data.resolution {recipe.data.resolution} have {needed}"
+            )
+    return loaded
 
 
 def to_bytes(pictures: Tensor) -> Tensor:
