@@ -57,14 +57,13 @@ class Routing:
         self.unrouted.append([(count == 0).float().mean().item() for count in counts])
         self.spread.append([count.std(correction=0).item() for count in counts])
 
-    def record(self) -> dict[str, list[float]]:
-        """Means over the micro-batches, one number a layer."""
+    def record(self, mean_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, list[float]]:
+        """Means over the micro-batches and the ranks, one number a layer."""
         if not self.unrouted or not self.unrouted[0]:
             return {}
-        return {
-            "unrouted_share": torch.tensor(self.unrouted).mean(0).tolist(),
-            "experts_per_token_std": torch.tensor(self.spread).mean(0).tolist(),
-        }
+        own = torch.tensor([self.unrouted, self.spread]).mean(1)  # (2, layers)
+        unrouted, spread = mean_over_ranks(own).tolist()
+        return {"unrouted_share": unrouted, "experts_per_token_std": spread}
 
 
 class Trainer:
@@ -158,8 +157,8 @@ class Trainer:
             "mfu": self._step_flops(step) / seconds / self.peak,
             "seconds": seconds,
             "skipped": self.progress.skipped,
-            **(routing.record() if routing else {}),
-            **({"sample_ids": batch.keys} if recipe.log.samples else {}),
+            **(routing.record(lambda own: self.topology.mean(own.to(self.topology.device))) if routing else {}),
+            **({"sample_ids": self.topology.gather(batch.keys)} if recipe.log.samples else {}),
             "logged": logged,
         }
 

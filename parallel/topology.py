@@ -42,6 +42,14 @@ class Topology:
         """Whether this rank writes files and talks to the user."""
         return self.rank == 0
 
+    def gather(self, items: list) -> list:
+        """Every data rank's items, in the order of the ranks."""
+        if self.data_ranks == 1:
+            return items
+        parts: list[list] = [[]] * self.data_ranks
+        dist.all_gather_object(parts, items, group=self.groups.dp)
+        return [item for part in parts for item in part]
+
     def agree(self, flag: bool) -> bool:
         """Whether any rank raised the flag: all ranks get the same answer."""
         raised = torch.tensor(float(flag), device=self.device)

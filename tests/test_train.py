@@ -148,13 +148,16 @@ def test_two_ranks_follow_the_same_curve(shapes, trained, tmp_path):
     assert losses(run) == pytest.approx(losses(trained), rel=1e-4)
     assert (run / "samples/step-8.png").exists()
     records = read_metrics(run / "metrics.jsonl")
-    assert [r["sample_ids"] for r in records] == [r["sample_ids"] for r in read_metrics(trained / "metrics.jsonl")]
+    expected = read_metrics(trained / "metrics.jsonl")
+    for record, one in zip(records, expected, strict=True):
+        assert record["unrouted_share"] == pytest.approx(one["unrouted_share"], abs=1e-6)
+        assert record["sample_ids"] == one["sample_ids"]
 
 
 OTHER_WAYS = {
     "bf16": ["train.precision=bf16"],
     "masked, with a decoder, then unmasked": [
-        "masking.ratio=[[0,0.5],[6,0.0]]", "model.decoder.layers=1", "model.decoder.width=16",
+        "masking.ratio=[[0,0.5],[20,0.0]]", "model.decoder.layers=1", "model.decoder.width=16",
         "model.decoder.heads=2", "model.group_tokens=128",
     ],
     "token choice": ["model.routing=token_choice"],
@@ -165,10 +168,10 @@ OTHER_WAYS = {
 @pytest.mark.parametrize("way", OTHER_WAYS)
 def test_other_ways_to_train(shapes, tmp_path, way):
     """The loss falls, what is told is finite, and the run can be drawn from."""
-    done = ecdit(*command(shapes, tmp_path, "train.steps=12", *OTHER_WAYS[way]))
+    done = ecdit(*command(shapes, tmp_path, "train.steps=30", *OTHER_WAYS[way]))
     assert done.returncode == 0, done.stderr
     curve = losses(tmp_path / "quickstart")
-    assert all(map(math.isfinite, curve)) and curve[-1] < curve[0]
+    assert all(map(math.isfinite, curve)) and sum(curve[-5:]) < sum(curve[:5])
     assert sample(tmp_path / "quickstart", ["a red circle"], steps=2).images.shape == (1, 32, 32, 3)
 
 
