@@ -12,6 +12,7 @@ from benchmarks.harness import Row, compare
 from ecdit.model.experts import Ffn
 from ecdit.model.layers import gelu
 from ecdit.model.moe import Moe
+from parallel.spread import Spread
 
 G, T, D = 8, 1024, 256
 CAPACITY_FACTOR = 2
@@ -31,8 +32,8 @@ def rows() -> list[Row]:
 
 
 def _functions(experts: int) -> tuple[dict[str, Callable[[], None]], dict[str, str]]:
-    moe = _normal(Moe(D, experts, CAPACITY_FACTOR, "expert_choice"))
-    ffn = _normal(Ffn(D))
+    moe = _normal(Moe(D, experts, CAPACITY_FACTOR, "expert_choice", Spread()))
+    ffn = _normal(Ffn(D, Spread()))
     tokens = torch.randn(G, T, D)
     equal_flops = torch.randn(CAPACITY_FACTOR * G * T, D)
     weights = (moe.router.weight, moe.experts.w1, moe.experts.w2)

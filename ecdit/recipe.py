@@ -6,22 +6,14 @@ a data set or a device, so that a run that starts has no mistake of this kind le
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from ecdit.model.sizes import SIZES
+from ecdit.recipe_rules import divides, layout_divides
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-def _one(value: int) -> int:
-    if value != 1:
-        raise ValueError("only 1 is supported by this version")
-    return value
-
-
-One = Annotated[int, AfterValidator(_one)]
 
 
 def _ratio(value):
@@ -127,13 +119,13 @@ class ModelRecipe(Section):
 
     @model_validator(mode="after")
     def _shapes_divide(self):
-        _divides(self.heads, self.width, "heads", "width")
-        _divides(self.kv_heads, self.heads, "kv_heads", "heads")
-        _divides(self.patch, self.side, "patch", "side")
+        divides(self.heads, self.width, "heads", "width")
+        divides(self.kv_heads, self.heads, "kv_heads", "heads")
+        divides(self.patch, self.side, "patch", "side")
         if self.width % 4:
             raise ValueError(f"@width: {self.width} is no multiple of 4 (sine-cosine positions need it)")
         if self.decoder.layers:
-            _divides(self.decoder.heads, self.decoder.width, "decoder.heads", "decoder.width")
+            divides(self.decoder.heads, self.decoder.width, "decoder.heads", "decoder.width")
         if self.routing != "dense":
             for tokens, use in ((self.group_tokens, "training"), (self.sample_group_tokens, "sampling")):
                 self._capacity_is_whole(tokens, use)
@@ -231,6 +223,12 @@ class TrainRecipe(Section):
     micro_batch: PositiveInt = Field(8, description="Images of one forward and backward pass on a rank.")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="Of the compute; master weights are fp32.")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Of weights, data order, noise, times, masks.")
+    recompute: Literal["none", "moe", "block"] = Field(
+        "none", description="What backward computes again instead of keeping: nothing, MoE layers, whole blocks."
+    )
+    linears: Literal["torch", "transformer_engine"] = Field(
+        "torch", description="Whose linears the blocks are made of; transformer_engine needs its extra and a GPU."
+    )
 
 
 class PrecisionRecipe(Section):
@@ -240,12 +238,16 @@ class PrecisionRecipe(Section):
 
 
 class ParallelRecipe(Section):
-    """How the model is spread over ranks."""
+    """How the model is spread over ranks; what is left of them shares the batch."""
 
-    tensor: One = Field(1, description="Tensor-parallel size.")
-    expert: One = Field(1, description="Expert-parallel size.")
-    expert_tensor: One = Field(1, description="Tensor-parallel size within an expert.")
-    pipeline: One = Field(1, description="Pipeline stages.")
+    tensor: PositiveInt = Field(1, description="Ranks that share every matrix by its heads or hidden features.")
+    expert: PositiveInt = Field(1, description="Ranks that share the experts of a layer; may span tensor ranks.")
+    expert_tensor: PositiveInt = Field(1, description="Ranks that share the matrices of one expert.")
+    pipeline: PositiveInt = Field(1, description="Stages that share the layers.")
+    sequence: bool = Field(False, description="Tensor ranks share activations between the split layers, by images.")
+    dispatch_chunks: PositiveInt = Field(
+        1, description="Parts in which tokens travel to their experts, each while another is computed."
+    )
     timeout_minutes: PositiveFloat = Field(10.0, description="Time-out of every process group.")
 
 
@@ -298,8 +300,13 @@ class Recipe(Section):
     sample: SampleRecipe = Field(SampleRecipe(), description="Sampling.")
 
     @model_validator(mode="after")
-    def _batch_divides(self):
-        _divides(self.train.micro_batch, self.train.batch, "train.micro_batch", "train.batch")
+    def _batchdivides(self):
+        divides(self.train.micro_batch, self.train.batch, "train.micro_batch", "train.batch")
+        return self
+
+    @model_validator(mode="after")
+    def _layout_divides(self):
+        layout_divides(self)
         return self
 
     @model_validator(mode="after")
@@ -347,12 +354,3 @@ class Recipe(Section):
                 "nothing; set it to 0, or mask"
             )
         return self
-
-
-def _divides(small: int, large: int, small_key: str, large_key: str) -> None:
-    if large % small:
-        valid = [n for n in range(1, large + 1) if large % n == 0]
-        near = sorted(sorted(valid, key=lambda n: abs(n - small))[:6])
-        raise ValueError(
-            f"@{small_key}: {small} does not divide {large_key}: {large}; try one of {', '.join(map(str, near))}"
-        )

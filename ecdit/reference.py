@@ -178,10 +178,10 @@ class CrossAttention(nn.Module):
 class Ffn(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.w1, self.w2 = parameter(width, 4 * width), parameter(4 * width, width)
+        self.up, self.down = Linear(width, 4 * width), Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return ffn(x, self.w1, self.w2), x.new_zeros((), dtype=torch.float32)
+        return ffn(x, self.up.weight.T, self.down.weight.T), x.new_zeros((), dtype=torch.float32)
 
 
 class Moe(nn.Module):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ecdit.data.encoders import Autoencoder, TextEncoder, load_checked_autoencoder, load_text_encoder
 from ecdit.diffusion.draws import seed_noise
@@ -39,9 +39,9 @@ class Samples:
 
 
 class Sampler:
-    """A model with its encoders, ready to draw."""
+    """A model with its encoders, ready to draw. Where the model is spread over ranks, all of them draw together."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, text_encoder: TextEncoder, autoencoder: Autoencoder):
+    def __init__(self, model: EcDit, recipe: Recipe, text_encoder: TextEncoder, autoencoder: Autoencoder):
         self.model, self.recipe = model, recipe
         self.text_encoder, self.autoencoder = text_encoder, autoencoder
 
@@ -86,6 +86,9 @@ class Sampler:
 
     def _draw(self, prompts: list[str], seeds: list[int], settings: SampleRecipe, count_experts: bool) -> Samples:
         model, device = self.recipe.model, next(self.model.parameters()).device
+        wanted, lots = len(prompts), self.model.spread.tensor_ranks
+        while len(prompts) % lots:  # tensor ranks share the pictures evenly
+            prompts, seeds = [*prompts, prompts[-1]], [*seeds, seeds[-1]]
         # a pair of rows for each picture: its caption, and the empty one
         text, mask = self.text_encoder([caption for prompt in prompts for caption in (prompt, "")])
         times: list[float] = []
@@ -94,7 +97,7 @@ class Sampler:
         def velocity(x: Tensor, t: float) -> Tensor:
             pairs = x.float().repeat_interleave(2, dim=0)
             at = torch.full((len(pairs),), t, device=device)
-            out = self.model(pairs, at, text, mask, group_tokens=model.sample_group_tokens)
+            out = self.model.infer(pairs, at, text, mask, model.sample_group_tokens)
             if count_experts:
                 counts = [plan.experts_per_token().view(-1, 2, model.tokens)[:, 0] for plan in out.plans]
                 times.append(t)
@@ -105,8 +108,8 @@ class Sampler:
 
         noise = seed_noise(seeds, model.channels, model.side, device)
         latents = SOLVERS[settings.solver](velocity, noise, time_grid(settings.steps, settings.shift))
-        images = self.autoencoder.decode(latents).permute(0, 2, 3, 1).cpu()
-        return Samples(images, prompts, seeds, times, torch.stack(experts) if count_experts else None)
+        images = self.autoencoder.decode(latents[:wanted]).permute(0, 2, 3, 1).cpu()
+        return Samples(images, prompts[:wanted], seeds[:wanted], times, torch.stack(experts) if count_experts else None)
 
 
 def sample(

@@ -4,7 +4,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,21 @@ from ecdit.data.encoders import load_checked_autoencoder, load_text_encoder
 from ecdit.data.stream import Batch, TrainStream
 from ecdit.diffusion.draws import draw, drop_captions
 from ecdit.diffusion.masking import keep_count, ratio_at
-from ecdit.diffusion.objective import MicroBatch, objective
+from ecdit.diffusion.objective import MicroBatch, objective, to_differentiate
 from ecdit.errors import UserError
 from ecdit.model.count import forward_flops
 from ecdit.model.dit import EcDit
-from ecdit.model.router import RoutingPlan
 from ecdit.peak import peak_flops
 from ecdit.recipe import Recipe
 from ecdit.recipe_io import dump_recipe
 from ecdit.run import Run, check_same_model
 from ecdit.schedule import learning_rate
+from ecdit.statistics import RoutingStatistics
 from parallel import checkpoint, topology
 from parallel.engine import Engine, UpdateSettings
 from parallel.engine.megatron import MegatronEngine
+from parallel.spread.ranks import RankSpread
+from parallel.topology import Layout, LayoutError
 
 DONE, FAILED, STOPPED = 0, 1, 75  # exit codes: done, a run that cannot go on, stopped with a checkpoint
 MOST_SKIPPED_IN_A_ROW = 10
@@ -45,33 +47,12 @@ class Progress:
     skipped_in_a_row: int = 0
 
 
-@dataclass
-class Routing:
-    """For each MoE layer and micro-batch of a step: share of tokens that nobody took, spread of experts per token."""
-
-    unrouted: list[list[float]] = field(default_factory=list)
-    spread: list[list[float]] = field(default_factory=list)
-
-    def add(self, plans: list[RoutingPlan]) -> None:
-        counts = [plan.experts_per_token().float() for plan in plans]
-        self.unrouted.append([(count == 0).float().mean().item() for count in counts])
-        self.spread.append([count.std(correction=0).item() for count in counts])
-
-    def record(self, mean_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, list[float]]:
-        """Means over the micro-batches and the ranks, one number a layer."""
-        if not self.unrouted or not self.unrouted[0]:
-            return {}
-        own = torch.tensor([self.unrouted, self.spread]).mean(1)  # (2, layers)
-        unrouted, spread = mean_over_ranks(own).tolist()
-        return {"unrouted_share": unrouted, "experts_per_token_std": spread}
-
-
 class Trainer:
     """Everything that a training run holds, and its loop."""
 
     def __init__(self, recipe: Recipe, run: Run, callbacks: list[Callback]):
         self.recipe, self.run, self.callbacks = recipe, run, callbacks
-        self.topology = topology.start(recipe.parallel.timeout_minutes)
+        self.topology = start_topology(recipe)
         device = self.topology.device
         self._check_batch()
         self.stream = open_stream(recipe, self.topology.data_rank, self.topology.data_ranks)
@@ -83,8 +64,14 @@ class Trainer:
             dtype=DTYPES[recipe.train.precision],
         )
         self.autoencoder = load_checked_autoencoder(recipe, device)
+        spread = RankSpread(
+            self.topology, linears=recipe.train.linears, dispatch_chunks=recipe.parallel.dispatch_chunks
+        )
         with device:
-            model = EcDit(recipe.model, recipe.train.seed).to(DTYPES[recipe.train.precision])
+            model = EcDit(recipe.model, recipe.train.seed, spread, recipe.train.recompute)
+        model.to(DTYPES[recipe.train.precision])
+        self._sparse = [layer for layer in range(recipe.model.layers) if recipe.model.sparse(layer)]
+        self._sparse_here = [layer for layer in spread.layers(recipe.model.layers) if recipe.model.sparse(layer)]
         optimizer = recipe.optimizer
         self.engine: Engine = MegatronEngine(
             model,
@@ -92,7 +79,7 @@ class Trainer:
             UpdateSettings(optimizer.name, optimizer.weight_decay, optimizer.clip, optimizer.ema),
         )
         self.progress = Progress()
-        self.peak = peak_flops(device, DTYPES[recipe.train.precision]) * self.topology.data_ranks
+        self.peak = peak_flops(device, DTYPES[recipe.train.precision]) * self.topology.ranks
         self._stop = False
         self._complained: set[Callback] = set()
 
@@ -127,19 +114,23 @@ class Trainer:
     def _step(self, batch: Batch) -> dict[str, Any]:
         recipe, step, began = self.recipe, self.progress.step, time.perf_counter()
         logged = (step + 1) % recipe.log.every == 0 or step + 1 == recipe.train.steps
-        routing = Routing() if logged else None
-        images = recipe.train.batch // self.topology.data_ranks
+        device, images = self.topology.device, recipe.train.batch // self.topology.data_ranks
+        routing = RoutingStatistics(self._sparse, self._sparse_here, device)
+        velocity = torch.zeros((), device=device)
 
-        def loss(model: nn.Module, micro: MicroBatch) -> Tensor:
-            per_image, extra, out = objective(model, micro, recipe)
-            if routing is not None:
+        def loss(model: nn.Module, micro: MicroBatch, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+            per_image, extra, out = objective(model, micro, recipe, hidden)
+            if logged:
                 routing.add(out.plans)
-            velocity_losses.append(per_image.detach().sum() / images)
-            return per_image.sum() / images + extra * (len(per_image) / images)
+            if per_image is not None:
+                velocity.add_(per_image.detach().sum() / images)
+            return to_differentiate(per_image, extra, out, len(micro.latents), images)
 
-        velocity_losses: list[Tensor] = []
-        total = self.engine.accumulate(self._micro_batches(batch), loss)
-        velocity = self.topology.mean(torch.stack(velocity_losses).sum()).item()
+        count = images // recipe.train.micro_batch
+        shape = self.engine.model.hidden_shape(recipe.train.micro_batch, self._kept(step))
+        total = self.engine.accumulate(self._micro_batches(batch), count, loss, shape)
+        # every tensor rank has its data rank's loss, on the last stage
+        velocity = self.topology.sum(velocity / (self.topology.data_ranks * self.topology.layout.tensor)).item()
         schedule = recipe.optimizer
         lr = learning_rate(
             step, lr=schedule.lr, warmup=schedule.warmup, steps=recipe.train.steps, kind=schedule.schedule
@@ -157,7 +148,7 @@ class Trainer:
             "mfu": self._step_flops(step) / seconds / self.peak,
             "seconds": seconds,
             "skipped": self.progress.skipped,
-            **(routing.record(lambda own: self.topology.mean(own.to(self.topology.device))) if routing else {}),
+            **(routing.record(self.topology.sum(routing.sums())) if logged else {}),
             **({"sample_ids": self.topology.gather(batch.keys)} if recipe.log.samples else {}),
             "logged": logged,
         }
@@ -180,9 +171,11 @@ class Trainer:
         self.progress.skipped_in_a_row = 0 if applied else self.progress.skipped_in_a_row + 1
 
     def _step_flops(self, step: int) -> float:
-        model = self.recipe.model
-        kept = keep_count(model.tokens, ratio_at(self.recipe.masking.schedule, step))
-        return 3 * forward_flops(model, kept) * self.recipe.train.batch
+        return 3 * forward_flops(self.recipe.model, self._kept(step)) * self.recipe.train.batch
+
+    def _kept(self, step: int) -> int:
+        """Tokens of an image that enter the backbone."""
+        return keep_count(self.recipe.model.tokens, ratio_at(self.recipe.masking.schedule, step))
 
     def _give_up(self) -> int:
         """Ends a run whose losses stay non-finite, leaving its checkpoints as they are."""
@@ -265,6 +258,16 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def start_topology(recipe: Recipe) -> topology.Topology:
+    """The recipe's layout over the ranks of this job. Raises UserError where they do not divide."""
+    sizes = recipe.parallel
+    layout = Layout(sizes.tensor, sizes.expert, sizes.expert_tensor, sizes.pipeline, sizes.sequence)
+    try:
+        return topology.start(layout, sizes.timeout_minutes)
+    except LayoutError as error:
+        raise UserError(str(error)) from None
 
 
 def open_stream(recipe: Recipe, data_rank: int, data_ranks: int) -> TrainStream:

@@ -1,6 +1,21 @@
 """The ranks of a run and their process groups, made by megatron-core and handed around explicitly.
 
-This version spreads data alone: every rank holds the whole model, its optimizer states are sharded over the ranks.
+Eight ranks as tensor 2, expert 4, pipeline 1 (ranks of a group joined):
+
+| group | field | ranks | shares |
+|---|---|---|---|
+| tensor | tp | 01 23 45 67 | a layer's matrices, and the images of a micro-batch |
+| data | dp | 0246 1357 | nothing: each rank has its slice of the global batch |
+| expert | ep | 0123 4567 | the experts of a layer |
+| expert-tensor | expt_tp | 0 1 2 3 4 5 6 7 | the matrices of one expert |
+| expert-data | expt_dp | 04 15 26 37 | nothing: same experts, other tokens |
+| pipeline | pp | 0 1 2 3 4 5 6 7 | the layers of the model |
+
+With pipeline 2 (tensor 2, expert 2): tp and ep 01 23 45 67, dp and expt_dp 02 13 46 57, pp 04 15 26 37. With
+expert-tensor 2 (tensor 2, expert 2, pipeline 1): ep 02 13 46 57, expt_tp 01 23 45 67, expt_dp 04 15 26 37.
+
+Experts stand on a grid of their own (expert x expert-tensor x expert-data x pipeline = ranks), so that an expert group
+may span tensor ranks: each of these has tokens of its own.
 """
 
 import os
@@ -15,17 +30,52 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from parallel import cpu
 
 
+class LayoutError(Exception):
+    """The ranks of this job cannot be laid out as asked."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the axes, as `parallel.*` of a recipe has them."""
+
+    tensor: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+    pipeline: int = 1
+    sequence: bool = False
+
+    def check(self, ranks: int) -> None:
+        """Raises LayoutError where `ranks` do not divide, naming the key and the numbers of ranks that would do."""
+        for keys, size in (
+            ("parallel.tensor x parallel.pipeline", self.tensor * self.pipeline),
+            (
+                "parallel.expert x parallel.expert_tensor x parallel.pipeline",
+                self.expert * self.expert_tensor * self.pipeline,
+            ),
+        ):
+            if ranks % size:
+                raise LayoutError(
+                    f"{keys}: {size} does not divide the {ranks} ranks of this job; try {size} or a multiple"
+                )
+
+
 @dataclass(frozen=True)
 class Topology:
     """This rank's place. `groups` holds megatron-core's process groups, with its names (dp, expt_dp, ...)."""
 
     groups: ProcessGroupCollection
     device: torch.device
+    layout: Layout
 
     @property
     def rank(self) -> int:
         """Of all ranks."""
         return dist.get_rank()
+
+    @property
+    def ranks(self) -> int:
+        """All of them."""
+        return dist.get_world_size()
 
     @property
     def data_rank(self) -> int:
@@ -42,6 +92,22 @@ class Topology:
         """Whether this rank writes files and talks to the user."""
         return self.rank == 0
 
+    @property
+    def first_stage(self) -> bool:
+        """Whether this rank has the model's first layers."""
+        return self.groups.pp.rank() == 0
+
+    @property
+    def last_stage(self) -> bool:
+        """Whether this rank has the model's last layers, and so the loss."""
+        return self.groups.pp.rank() == self.groups.pp.size() - 1
+
+    def __str__(self) -> str:
+        """For log files: this rank's place in every group."""
+        names = ("dp", "tp", "pp", "ep", "expt_tp", "expt_dp")
+        places = ", ".join(f"{n} {getattr(self.groups, n).rank()}/{getattr(self.groups, n).size()}" for n in names)
+        return f"rank {self.rank} of {self.ranks} on {self.device}: {places}"
+
     def gather(self, items: list) -> list:
         """Every data rank's items, in the order of the ranks."""
         if self.data_ranks == 1:
@@ -56,17 +122,20 @@ class Topology:
         dist.all_reduce(raised, op=dist.ReduceOp.MAX)
         return bool(raised)
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Mean of an fp32 tensor over the data ranks."""
-        dist.all_reduce(values, group=self.groups.dp)
-        return values / self.data_ranks
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of a tensor over all ranks, in place."""
+        if self.ranks > 1:
+            dist.all_reduce(values)
+        return values
 
 
-def start(timeout_minutes: float) -> Topology:
+def start(layout: Layout, timeout_minutes: float) -> Topology:
     """Joins the job that torchrun or the like has set up (RANK, WORLD_SIZE, ...), or makes one of a single rank.
 
     NCCL where CUDA is present, gloo otherwise. All groups get the one time-out. Done once in a process.
+    Raises LayoutError where the ranks do not divide.
     """
+    layout.check(int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1)
     cuda = torch.cuda.is_available()
     cpu.prepare()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -81,9 +150,15 @@ def start(timeout_minutes: float) -> Topology:
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel(
-            expert_tensor_parallel_size=1, distributed_timeout_minutes=timeout_minutes
+            layout.tensor,
+            layout.pipeline,
+            expert_model_parallel_size=layout.expert,
+            expert_tensor_parallel_size=layout.expert_tensor,
+            distributed_timeout_minutes=timeout_minutes,
+            # no weight is shared by two stages, so nothing is to be summed over them
+            get_embedding_ranks=lambda ranks, *_: ranks[:1],
         )
-    return Topology(ProcessGroupCollection.use_mpu_process_groups(), device)
+    return Topology(ProcessGroupCollection.use_mpu_process_groups(), device, layout)
 
 
 def stop() -> None:

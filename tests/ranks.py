@@ -16,7 +16,8 @@ def run_on_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[A
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["ecdit.train"])  # imports torch and megatron-core once, not once a rank
     queue = context.SimpleQueue()
     processes = [
         context.Process(target=_rank, args=(function, rank, world, port, args, queue)) for rank in range(world)

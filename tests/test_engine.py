@@ -10,21 +10,24 @@ from parallel.engine import UpdateSettings
 from parallel.engine.ema import Ema
 from parallel.engine.megatron import MegatronEngine
 from parallel.engine.optimizer import RmspropMomentum, Slice, clip_by_global_norm
+from parallel.topology import Layout
 from tests.ranks import run_on_ranks
 from tests.test_model import TINY, inputs
 
 SETTINGS = UpdateSettings("rmsprop_momentum", weight_decay=0.01, clip=0.05, ema=0.99)
 IMAGES, STEPS, LR = 8, 4, 0.01
+NO_STAGES = (0, 0, 0)
 
 
-def loss_of(model, batch):
-    return model(*batch).velocity.sub(1).square().mean()
+def loss_of(model, batch, hidden=None):
+    loss = model(*batch).velocity.sub(1).square().mean()
+    return loss, loss
 
 
 def train(settings=SETTINGS, precision=torch.float32, poison=None):
     """A few steps of a tiny model on this rank's share of the images; losses, norms, and the whole state."""
     recipe = ModelRecipe(**(TINY | {"group_tokens": 32}))
-    place = topology.start(1)
+    place = topology.start(Layout(), 1)
     engine = MegatronEngine(EcDit(recipe, seed=1).to(precision), place, settings)
     images = IMAGES // place.data_ranks
     trace = []
@@ -33,7 +36,8 @@ def train(settings=SETTINGS, precision=torch.float32, poison=None):
         if step == poison:
             part[0][:] = float("nan")
         micro = [[tensor[i : i + 2] for tensor in part] for i in range(0, images, 2)]  # two images fill a group
-        loss = engine.accumulate(micro, lambda model, batch: loss_of(model, batch) * 2 / images)
+        share = 2 / images
+        loss = engine.accumulate(micro, len(micro), lambda *of: [part * share for part in loss_of(*of)], NO_STAGES)
         update = engine.update(LR)
         trace.append((loss.item(), update.grad_norm, update.applied))
     state = engine.state()
@@ -56,7 +60,7 @@ def plain():
     trace = []
     for step in range(STEPS):
         model.zero_grad()
-        loss = loss_of(model, inputs(recipe, IMAGES, seed=step))
+        loss, _ = loss_of(model, inputs(recipe, IMAGES, seed=step))
         loss.backward()
         grads = []
         for weight in model.parameters():
@@ -97,12 +101,12 @@ def test_two_and_four_ranks_train_as_one_does():
 
 def test_state_is_whole_and_loads_into_an_identical_continuation():
     recipe = ModelRecipe(**TINY)
-    place = topology.start(1)
+    place = topology.start(Layout(), 1)
 
     def steps(engine, numbers):
         for step in numbers:
             batch = inputs(recipe, IMAGES, seed=step)
-            engine.accumulate([batch], loss_of)
+            engine.accumulate([batch], 1, loss_of, NO_STAGES)
             engine.update(LR)
 
     engine = MegatronEngine(EcDit(recipe, seed=1), place, SETTINGS)
@@ -121,9 +125,9 @@ def test_state_is_whole_and_loads_into_an_identical_continuation():
 
 
 def test_averaged_weights_are_there_within_the_context_alone():
-    place = topology.start(1)
+    place = topology.start(Layout(), 1)
     engine = MegatronEngine(EcDit(ModelRecipe(**TINY), seed=1), place, SETTINGS)
-    engine.accumulate([inputs(engine.model.recipe, IMAGES)], loss_of)
+    engine.accumulate([inputs(engine.model.recipe, IMAGES)], 1, loss_of, NO_STAGES)
     engine.update(LR)
     state = engine.state()
     with engine.averaged() as model:

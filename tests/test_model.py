@@ -10,6 +10,7 @@ from ecdit.model.experts import ChunkedFfn, batched_ffn
 from ecdit.model.moe import Moe
 from ecdit.model.router import expert_choice, token_choice, top_tokens
 from ecdit.recipe import DecoderRecipe, ModelRecipe
+from parallel.spread import Spread
 
 TINY = {
     "layers": 4, "width": 32, "heads": 4, "kv_heads": 2, "experts": 4, "group_tokens": 32,
@@ -71,7 +72,7 @@ def test_outputs_and_gradients_match_the_oracle(routing, masked):
 @settings(max_examples=20, deadline=None)
 def test_moe_layer_matches_the_oracle_in_float64(routing, seed, tie, experts):
     generator = torch.Generator().manual_seed(seed)
-    moe = Moe(8, experts, 2.0, routing).double()
+    moe = Moe(8, experts, 2.0, routing, Spread()).double()
     with torch.no_grad():
         for weight in moe.parameters():
             weight.copy_(torch.randn(weight.shape, generator=generator))
@@ -175,7 +176,7 @@ def test_bf16_stays_close_to_fp32():
 
 def test_experts_under_bf16_match_the_oracle_on_the_same_routing():
     torch.manual_seed(0)
-    moe = Moe(16, 4, 2.0, "expert_choice")
+    moe = Moe(16, 4, 2.0, "expert_choice", Spread())
     with torch.no_grad():
         for weight in moe.parameters():
             weight.normal_(std=0.3)

@@ -92,12 +92,31 @@ MISTAKES = {
     "optimizer.lr=-1": "optimizer.lr: -1 is not valid: input should be greater than 0",
     "data.streams=[]": "data.streams: [] is not valid",
     "data.streams.4.path=x": "4 is no place in a list of 1",
-    "parallel.tensor=2": "parallel.tensor: 2 is not valid: only 1 is supported by this version",
+    "parallel.tensor=3": "parallel.tensor: 3 does not divide model.heads: 4; try one of 1, 2, 4",
+    "parallel.expert=3": "parallel.expert: 3 does not divide model.experts: 8; try one of 1, 2, 4, 8",
+    "parallel.expert_tensor=3": "parallel.expert_tensor: 3 does not divide an expert's hidden width",
+    "parallel.pipeline=3": "parallel.pipeline: 3 does not divide model.layers: 4; try one of 1, 2, 4",
+    "parallel.dispatch_chunks=3": "parallel.dispatch_chunks: 3 does not divide the experts of a rank: 8",
     "run=a/b": "run: 'a/b' is not valid",
     "nonsense": "an override has the form key=value",
     "train=3": "train: 3 is not valid",
     "train.steps.more=3": "steps is a value, not a section",
 }
+
+
+TOGETHER = {
+    ("model.kv_heads=2", "parallel.tensor=4"): "parallel.tensor: 4 does not divide model.kv_heads: 2; try one of 1, 2",
+    ("model.routing=dense", "parallel.expert=2"): "parallel.expert: 2, but model.routing: dense has no experts",
+    ("train.micro_batch=4", "model.heads=8", "model.kv_heads=8", "parallel.tensor=8"):
+        "parallel.tensor: 8 does not divide train.micro_batch: 4; try one of 1, 2, 4",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", TOGETHER)
+def test_keys_that_do_not_go_together_are_named(overrides):
+    with pytest.raises(UserError) as error:
+        load_recipe(QUICKSTART, overrides)
+    assert TOGETHER[overrides] in str(error.value)
 
 
 @pytest.mark.parametrize("override", MISTAKES)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from ecdit.callbacks import Callback
 from ecdit.pictures import grid
-from ecdit.sampling import Sampler
+from ecdit.sampling import Sampler, Samples
 
 if TYPE_CHECKING:
     from ecdit.train import Trainer
@@ -15,22 +15,23 @@ COLUMNS = 4
 class PictureGrid(Callback):
     """`samples/step-N.png`: each prompt of `log.prompts` a row, the same seeds every time."""
 
-    every_rank = True  # the averaged weights are gathered from all of them
+    every_rank = True  # each has a part of the model
 
     def on_step(self, trainer: "Trainer", record: dict[str, Any]) -> None:
         every = trainer.recipe.log.grid_every
         if not every or record["step"] % every:
             return
         with trainer.engine.averaged() as model:
-            if trainer.topology.first:
-                self._draw(trainer, Sampler(model, trainer.recipe, trainer.text_encoder, trainer.autoencoder))
+            samples = self._draw(trainer, Sampler(model, trainer.recipe, trainer.text_encoder, trainer.autoencoder))
+        if trainer.topology.first:
+            trainer.run.samples.mkdir(parents=True, exist_ok=True)
+            file = trainer.run.samples / f"step-{trainer.progress.step}.png"
+            grid(samples.images, trainer.recipe.log.prompts, COLUMNS).save(file)
 
-    def _draw(self, trainer: "Trainer", sampler: Sampler) -> None:
+    def _draw(self, trainer: "Trainer", sampler: Sampler) -> Samples:
         prompts = trainer.recipe.log.prompts
-        samples = sampler.draw(
+        return sampler.draw(
             [prompt for prompt in prompts for _ in range(COLUMNS)],
             list(range(COLUMNS)) * len(prompts),
             trainer.recipe.sample,
         )
-        trainer.run.samples.mkdir(parents=True, exist_ok=True)
-        grid(samples.images, prompts, COLUMNS).save(trainer.run.samples / f"step-{trainer.progress.step}.png")

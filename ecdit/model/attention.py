@@ -1,22 +1,24 @@
 """Grouped-query self- and cross-attention on torch's scaled_dot_product_attention.
 
 megatron-core refuses grouped-query cross-attention, so both are here. Projections keep a key-value head and all that
-belongs to it in consecutive rows, so that a contiguous split of the rows is a split by heads.
+belongs to it in consecutive rows, so that a contiguous split of the rows is a split by heads: each tensor rank has
+KV / n key-value heads and what belongs to them, of all images.
 
 Shapes: `B` images, `S` tokens of an image, `L` text tokens, `D` hidden, `H`/`KV` query/key-value heads, `d = D / H`,
-`R = H / KV` query heads that share a key-value head.
+`R = H / KV` query heads that share a key-value head, `n` tensor ranks. Under sequence parallelism `b = B / n` images
+of this rank, else `b = B`.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ecdit.model.layers import Linear
+from parallel.spread import Spread
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention of query (B, S, KV, R, d) over key and value (B, L, KV, d); mask (B, 1, 1, L), True where real.
 
-    Returns (B, S, D).
+    Returns (B, S, KV R d).
     """
     b, s, kv, r, d = query.shape
     query = query.reshape(b, s, kv * r, d).transpose(1, 2)
@@ -29,14 +31,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 class SelfAttention(nn.Module):
     """Rows of `qkv`: for each key-value head its R queries, its key, its value."""
 
-    def __init__(self, width: int, heads: int, kv_heads: int):
+    def __init__(self, width: int, heads: int, kv_heads: int, spread: Spread):
         super().__init__()
-        self.kv_heads, self.head = kv_heads, width // heads
-        self.qkv = Linear(width, (heads + 2 * kv_heads) * self.head)
-        self.out = Linear(width, width, std=0.0)
+        self.kv_heads, self.head = kv_heads // spread.tensor_ranks, width // heads
+        self.qkv = spread.linears.column(width, (heads + 2 * kv_heads) * self.head)
+        self.out = spread.linears.row(width, width, std=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
+        """(b, S, D) -> (b, S, D)."""
         qkv = self.qkv(x).unflatten(-1, (self.kv_heads, -1, self.head))
         return self.out(attend(qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]))
 
@@ -44,15 +46,15 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Rows of `key_value`: for each key-value head its key, its value."""
 
-    def __init__(self, width: int, heads: int, kv_heads: int):
+    def __init__(self, width: int, heads: int, kv_heads: int, spread: Spread):
         super().__init__()
-        self.kv_heads, self.head = kv_heads, width // heads
-        self.query = Linear(width, width)
-        self.key_value = Linear(width, 2 * kv_heads * self.head)
-        self.out = Linear(width, width, std=0.0)
+        self.kv_heads, self.head = kv_heads // spread.tensor_ranks, width // heads
+        self.query = spread.linears.column(width, width)
+        self.key_value = spread.conditioned(width, 2 * kv_heads * self.head)
+        self.out = spread.linears.row(width, width, std=0.0)
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        """x (B, S, D), text (B, L, D), mask (B, 1, 1, L), True where a text token is real -> (B, S, D)."""
+        """x (b, S, D), text (B, L, D), mask (B, 1, 1, L), True where a text token is real -> (b, S, D)."""
         query = self.query(x).unflatten(-1, (self.kv_heads, -1, self.head))
         kv = self.key_value(text).unflatten(-1, (self.kv_heads, 2, self.head))
         return self.out(attend(query, kv[..., 0, :], kv[..., 1, :], mask))

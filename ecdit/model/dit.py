@@ -1,7 +1,8 @@
 """EC-DiT: noisy latents, a time and a text in; velocities and the record of the routing out.
 
 Shapes: `B` images, `S` tokens of an image, `K` tokens that masking kept, `L` text tokens, `D` hidden, `T` tokens of a
-routing group, `Y` width of the text embedding, `c` latent channels, `P` numbers in a patch.
+routing group, `Y` width of the text embedding, `c` latent channels, `P` numbers in a patch. `b` images whose
+activations this rank holds: B, but under sequence parallelism an equal share of them.
 """
 
 from dataclasses import dataclass
@@ -9,52 +10,66 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ecdit.diffusion.masking import gather_tokens, scatter_tokens
 from ecdit.diffusion.patch import patchify
 from ecdit.model.block import Block
 from ecdit.model.embed import TIME_FEATURES, Positions, time_features
-from ecdit.model.layers import Linear, Mlp, gelu, initialize, modulate, parameter
+from ecdit.model.layers import Mlp, gelu, modulate
 from ecdit.model.moe import Moe
 from ecdit.model.router import RoutingPlan
 from ecdit.recipe import ModelRecipe
+from parallel.layers import Linear
+from parallel.parameters import initialize, parameter
+from parallel.spread import Spread
 
 
 @dataclass
 class Output:
-    """velocity (B, K, P), or (B, S, P) with a decoder; one plan a MoE layer; aux, the sum of their losses."""
+    """What a pipeline stage makes. velocity (B, K, P), or (B, S, P) with a decoder, of the last stage, else None;
+    hidden (b, K + L + 1, D), what the next stage needs, of the others; one plan a MoE layer of the stage; aux, the sum
+    of their losses."""
 
-    velocity: Tensor
+    velocity: Tensor | None
+    hidden: Tensor | None
     plans: list[RoutingPlan]
     aux: Tensor
 
 
 class EcDit(nn.Module):
-    """The network of DESIGN 1 for a model recipe; its weights are a function of (recipe, seed).
+    """The network of DESIGN 1 for a model recipe, or the part of it that `spread` gives this rank; its weights are a
+    function of (recipe, seed).
 
-    On the meta device it has shapes and no weights. It must match `ecdit.reference.EcDit`.
+    On the meta device it has shapes and no weights. It must match `ecdit.reference.EcDit`. `recompute`: what backward
+    computes again instead of keeping, "none", "moe" or "block".
     """
 
-    def __init__(self, recipe: ModelRecipe, seed: int = 0):
+    def __init__(self, recipe: ModelRecipe, seed: int = 0, spread: Spread | None = None, recompute: str = "none"):
         super().__init__()
-        self.recipe = recipe
+        self.recipe, self.recompute = recipe, recompute
+        self.spread = spread = spread or Spread()
         width = recipe.width
-        self.patch = Linear(recipe.patch_width, width, bias=True)
-        self.time = Mlp(TIME_FEATURES, width, F.silu)
-        self.text = Mlp(recipe.text_width, width, gelu)
-        self.blocks = nn.ModuleList(self._block(layer) for layer in range(recipe.layers))
-        self.decoder = Decoder(recipe) if recipe.decoder.layers else None
-        self.final = Final(recipe.decoder.width if self.decoder else width, width, recipe.patch_width)
-        self.positions = Positions(recipe.side // recipe.patch, width)
-        if self.patch.weight.device.type != "meta":
+        if spread.first_stage:
+            self.patch = Linear(recipe.patch_width, width, bias=True)
+            self.time = Mlp(TIME_FEATURES, width, F.silu)
+            self.text = Mlp(recipe.text_width, width, gelu)
+            self.positions = Positions(recipe.side // recipe.patch, width)
+        # by their number in the whole model, so that names do not depend on the stage
+        self.blocks = nn.ModuleDict({str(layer): self._block(layer) for layer in spread.layers(recipe.layers)})
+        if spread.last_stage:
+            self.decoder = Decoder(recipe, spread) if recipe.decoder.layers else None
+            self.final = Final(recipe.decoder.width if self.decoder else width, width, recipe.patch_width)
+        spread.mark_gradients(self)
+        if not any(weight.is_meta for weight in self.parameters()):
             initialize(self, seed)
 
     def _block(self, layer: int) -> Block:
-        recipe = self.recipe
+        recipe, spread = self.recipe, self.spread
         moe = None
         if recipe.sparse(layer):
-            moe = Moe(recipe.width, recipe.experts, recipe.capacity_factor, recipe.routing)
-        return Block(recipe.width, recipe.heads, recipe.kv_heads, moe)
+            moe = Moe(recipe.width, recipe.experts, recipe.capacity_factor, recipe.routing, spread)
+        return Block(recipe.width, recipe.heads, recipe.kv_heads, spread, moe, recompute_moe=self.recompute == "moe")
 
     def forward(
         self,
@@ -65,29 +80,62 @@ class EcDit(nn.Module):
         *,
         keep: Tensor | None = None,
         group_tokens: int | None = None,
+        hidden: Tensor | None = None,
     ) -> Output:
         """x (B, c, h, w) at times t (B,), text (B, L, Y), text_mask (B, L), True where a token is real.
 
-        keep (B, K): the tokens that enter the backbone; None: all. group_tokens: T; None: the recipe's.
+        keep (B, K): the tokens that enter the backbone; None: all. group_tokens: T; None: the recipe's. hidden: what
+        the stage before made, None on the first stage.
         """
         group_tokens = group_tokens or self.recipe.group_tokens
-        dtype = self.patch.weight.dtype
-        h = self.positions(self.patch(patchify(x, self.recipe.patch).to(dtype)))
-        if keep is not None:
-            h = gather_tokens(h, keep)
-        time = self.time(time_features(t).to(dtype))
-        text = self.text(text.to(dtype))
-        mask = text_mask[:, None, None, :]
+        if hidden is None:
+            h, words, time = self._embed(x, t, text, keep)
+        else:
+            length = hidden.shape[1] - text.shape[1] - 1
+            h, words, time = hidden.split([length, text.shape[1], 1], dim=1)
+            time = time.squeeze(1)
+        spread, mask = self.spread, text_mask[:, None, None, :]
+        everyones_words, everyones_time = spread.conditioning(words), spread.conditioning(time)
         plans = []
-        for block in self.blocks:
-            h, plan = block(h, time, text, mask, group_tokens)
+        for block in self.blocks.values():
+            h, plan = self._run(block, h, everyones_time, everyones_words, mask, group_tokens)
             if plan is not None:
                 plans.append(plan)
-        if self.decoder is not None:
-            h = self.decoder(h, time, text, mask, keep)
         losses = [plan.aux for plan in plans if plan.aux is not None]
-        aux = torch.stack(losses).sum() if losses else torch.zeros((), device=x.device)
-        return Output(self.final(h, time), plans, aux)
+        aux = torch.stack(losses).sum() if losses else torch.zeros((), device=h.device)
+        if not spread.last_stage:
+            return Output(None, torch.cat([h, words, time[:, None]], dim=1), plans, aux)
+        if self.decoder is not None:
+            h = self.decoder(h, time, words, mask, None if keep is None else spread.own(keep))
+        return Output(spread.collect(self.final(h, time)), None, plans, aux)
+
+    @torch.no_grad()
+    def infer(self, x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor, group_tokens: int) -> Output:
+        """The velocity on every rank, stage after stage, from the same inputs on all; plans of this rank's stage."""
+        images, like, model = len(x), next(self.parameters()), self.recipe
+        hidden = self.spread.receive(self.hidden_shape(images, model.tokens), like)
+        out = self(x, t, text, text_mask, group_tokens=group_tokens, hidden=hidden)
+        self.spread.send(out.hidden)
+        out.velocity = self.spread.share(out.velocity, (images, model.tokens, model.patch_width), like)
+        return out
+
+    def hidden_shape(self, images: int, tokens: int) -> tuple[int, int, int]:
+        """Shape of `Output.hidden` for B images with K tokens in the backbone."""
+        images = images // self.spread.tensor_ranks if self.spread.sequence else images
+        return images, tokens + self.recipe.text_tokens + 1, self.recipe.width
+
+    def _embed(self, x: Tensor, t: Tensor, text: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Of this rank's images: tokens (b, K, D), text (b, L, D), time (b, D)."""
+        own, dtype = self.spread.own, self.patch.weight.dtype
+        h = self.positions(self.patch(patchify(own(x), self.recipe.patch).to(dtype)))
+        if keep is not None:
+            h = gather_tokens(h, own(keep))
+        return h, self.text(own(text).to(dtype)), self.time(time_features(own(t)).to(dtype))
+
+    def _run(self, block: Block, *inputs) -> tuple[Tensor, RoutingPlan | None]:
+        if self.recompute == "block" and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return block(*inputs)
 
 
 class Final(nn.Module):
@@ -99,7 +147,7 @@ class Final(nn.Module):
         self.out = Linear(width, patch_width, bias=True, std=0.0)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """(B, S, D) -> (B, S, P)."""
+        """(b, S, D) -> (b, S, P)."""
         shift, scale = self.modulation(F.silu(time)).chunk(2, dim=-1)
         return self.out(modulate(x, shift, scale))
 
@@ -110,26 +158,28 @@ class Decoder(nn.Module):
     Narrow dense blocks over all tokens, with positions of their own, conditioned on the backbone's time and text.
     """
 
-    def __init__(self, recipe: ModelRecipe):
+    def __init__(self, recipe: ModelRecipe, spread: Spread):
         super().__init__()
         width, heads = recipe.decoder.width, recipe.decoder.heads
+        self.spread = spread
         self.modulation = Linear(recipe.width, 2 * recipe.width, bias=True, std=0.0)
         self.narrow = Linear(recipe.width, width, bias=True)
         self.mask_token = parameter(width, std=0.0)
         self.time = Linear(recipe.width, width, bias=True)
         self.text = Linear(recipe.width, width, bias=True)
-        self.blocks = nn.ModuleList(Block(width, heads, heads) for _ in range(recipe.decoder.layers))
+        self.blocks = nn.ModuleList(Block(width, heads, heads, spread) for _ in range(recipe.decoder.layers))
         self.positions = Positions(recipe.side // recipe.patch, width)
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor, mask: Tensor, keep: Tensor | None) -> Tensor:
-        """x (B, K, D), time (B, D), text (B, L, D), keep (B, K) or None -> (B, S, width of the decoder)."""
+        """x (b, K, D), time (b, D), text (b, L, D), mask (B, 1, 1, L), keep (b, K) or None
+        -> (b, S, width of the decoder)."""
         shift, scale = self.modulation(F.silu(time)).chunk(2, dim=-1)
         x = self.narrow(modulate(x, shift, scale))
         # the mask token is part of the sum even when nothing is masked, so that it always has a gradient
         fill = self.mask_token.expand(x.shape[0], self.positions.tokens, -1)
         x = scatter_tokens(x, keep, fill) if keep is not None else x + 0 * fill
         x = self.positions(x)
-        time, text = self.time(time), self.text(text)
+        time, text = self.spread.conditioning(self.time(time)), self.spread.conditioning(self.text(text))
         for block in self.blocks:
             x, _ = block(x, time, text, mask, 0)
         return x

@@ -1,12 +1,15 @@
 """The experts: E feed-forward networks over equal numbers of rows, and the dense one of the other blocks.
 
-Shapes: `D` hidden, `F = 4D` expert hidden, `E` experts, `R` rows of an expert.
+Shapes: `D` hidden, `F = 4D` expert hidden, `E` experts (those of this rank, or of a chunk of them), `R` rows of an
+expert. Under expert-tensor parallelism this rank has a part of F.
 """
 
 import torch
 from torch import Tensor, nn
 
-from ecdit.model.layers import gelu, parameter, xavier
+from ecdit.model.layers import gelu
+from parallel.parameters import parameter, xavier
+from parallel.spread import Spread
 
 # Rows that ChunkedFfn works on at once: 4 MB of hidden rows at F = 1024 in fp32, a core's share of the cache.
 CHUNK_ROWS = 1024
@@ -15,28 +18,31 @@ CHUNK_ROWS = 1024
 class Ffn(nn.Module):
     """The dense layer, GELU(x W1) W2."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, spread: Spread):
         super().__init__()
-        self.w1 = parameter(width, 4 * width, std=xavier(width, 4 * width))
-        self.w2 = parameter(4 * width, width, std=0.0)
+        self.up = spread.linears.column(width, 4 * width)
+        self.down = spread.linears.row(4 * width, width, std=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        return gelu(x @ self.w1) @ self.w2
+        """(B, S, D) -> (B, S, D)."""
+        return self.down(gelu(self.up(x)))
 
 
 class Experts(nn.Module):
-    """E such layers, stacked."""
+    """This rank's experts, stacked, and the exchange that brings them the tokens of all expert-parallel ranks."""
 
-    def __init__(self, width: int, experts: int):
+    def __init__(self, width: int, experts: int, spread: Spread):
         super().__init__()
-        self.w1 = parameter(experts, width, 4 * width, std=xavier(width, 4 * width), expert=True)
-        self.w2 = parameter(experts, 4 * width, width, std=0.0, expert=True)
+        std = xavier(width, 4 * width)
+        self.w1 = parameter(experts, width, 4 * width, std=std, expert=True, splits=spread.expert_splits(2))
+        self.w2 = parameter(experts, 4 * width, width, std=0.0, expert=True, splits=spread.expert_splits(1))
+        self.exchange = spread.exchange(experts)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(E, R, D) -> (E, R, D)."""
-        kernel = ChunkedFfn.apply if x.device.type == "cpu" else batched_ffn
-        return kernel(x, self.w1, self.w2)
+    def forward(self, rows: Tensor, *, spanning: bool = False) -> Tensor:
+        """A row for every slot of all experts, in the order of `exchange`: (M, D) -> (M, D)."""
+        w1, w2 = (w.chunk(self.exchange.chunks) if self.exchange.chunks > 1 else [w] for w in (self.w1, self.w2))
+        kernel = ChunkedFfn.apply if rows.device.type == "cpu" else batched_ffn
+        return self.exchange(rows, lambda x, chunk: kernel(x, w1[chunk], w2[chunk]), spanning=spanning)
 
 
 def batched_ffn(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:

@@ -1,58 +1,15 @@
-"""The parts that every block is made of: parameters that know how they are initialised, linears, AdaLN, MLPs.
+"""The small parts that every block is made of: AdaLN, GELU, MLPs.
 
 Shapes: `B` images, `S` tokens of an image, `D` hidden.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.philox import key_of, normal_at
-
-
-def parameter(*shape: int, std: float, expert: bool = False) -> nn.Parameter:
-    """An uninitialised parameter that `initialize` fills with normals of deviation `std`; 0: zeros.
-
-    `expert`: dim 0 counts experts, which are sharded over expert-parallel ranks and clipped one by one.
-    """
-    weight = nn.Parameter(torch.empty(*shape))
-    weight.init_std = std
-    weight.expert = expert
-    return weight
-
-
-def xavier(fan_in: int, fan_out: int) -> float:
-    """Deviation of Glorot and Bengio 2010."""
-    return math.sqrt(2 / (fan_in + fan_out))
-
-
-@torch.no_grad()
-def initialize(model: nn.Module, seed: int) -> None:
-    """Fills every parameter from (seed, its name, the global index of each element) and nothing else.
-
-    So any rank can fill any shard alone, and every layout starts from the same model.
-    """
-    for name, weight in model.named_parameters():
-        if weight.init_std == 0:
-            weight.zero_()
-        else:
-            values = normal_at(key_of(seed, "weights", name), 0, weight.numel(), device=weight.device)
-            weight.copy_(values.view_as(weight).mul_(weight.init_std))
-
-
-class Linear(nn.Module):
-    """x W^T + b. `std=None`: Xavier; `std=0`: a projection that starts as zero."""
-
-    def __init__(self, fan_in: int, fan_out: int, *, bias: bool = False, std: float | None = None):
-        super().__init__()
-        self.weight = parameter(fan_out, fan_in, std=xavier(fan_in, fan_out) if std is None else std)
-        self.bias = parameter(fan_out, std=0.0) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+from parallel.layers import Linear
 
 
 class Mlp(nn.Module):

@@ -3,7 +3,8 @@
 Dispatch and combine are each other's transposes. Both go through the plan's inverse map (a token's slots), in which
 every output row is written once: no atomics, so the same sums in the same order on every run.
 
-Shapes: `N` tokens, `M = E G C` slots, `D` hidden, `E` experts, `T` tokens of a group.
+Shapes: `N` tokens, `M = E G C` slots, `D` hidden, `E` experts, `T` tokens of a group. Under tensor parallelism each
+rank routes and combines its own tokens; N counts those.
 """
 
 import torch
@@ -12,25 +13,30 @@ from torch import Tensor, nn
 
 from ecdit.model.experts import Experts
 from ecdit.model.router import Router, RoutingPlan
+from parallel.spread import Spread
 
 
 class Moe(nn.Module):
     """Sum over the experts that took a token of gate * FFN(token), (7) (8); zero where nobody took it."""
 
-    def __init__(self, width: int, experts: int, capacity_factor: float, routing: str):
+    def __init__(self, width: int, experts: int, capacity_factor: float, routing: str, spread: Spread):
         super().__init__()
-        self.router = Router(width, experts, capacity_factor, routing)
-        self.experts = Experts(width, experts)
+        self.spread = spread
+        self.router = Router(width, experts, capacity_factor, routing, spread)
+        self.experts = Experts(width, experts, spread)
 
     def forward(self, x: Tensor, group_tokens: int) -> tuple[Tensor, RoutingPlan]:
         """x (B, S, D) with B * S a multiple of `group_tokens` -> (B, S, D), and where the tokens went."""
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens = self.spread.own_tokens(x.reshape(-1, x.shape[-1]))
         plan = self.router(tokens, group_tokens)
+        plan.arrange(self.experts.exchange.arrange)
         slots = Dispatch.apply(tokens, plan.token, *plan.slots_by_token)
-        slots = self.experts(slots.view(plan.experts, -1, slots.shape[-1]))
+        if plan.spanning:
+            slots = slots * plan.filled[:, None]  # zeros for the tokens of other tensor ranks, which send theirs
+        slots = self.experts(slots, spanning=plan.spanning)
         gate = plan.gate.to(x.dtype)
-        out = Combine.apply(slots.flatten(0, 1), gate, plan.token, *plan.slots_by_token)
-        return out.view_as(x), plan
+        out = Combine.apply(slots, gate, plan.token, *plan.slots_by_token)
+        return self.spread.collect_tokens(out).view_as(x), plan
 
 
 def sum_slots(rows: Tensor, by_token: Tensor, offsets: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -4,9 +4,14 @@ Both have static shapes: every expert has exactly C slots in every group. Under 
 under token choice with a capacity some slots stay empty and some choices are dropped.
 
 Shapes: `N = G T` tokens, `D` hidden, `E` experts, `C` capacity, `G` routing groups, `T` tokens of a group,
-`M = E G C` slots, expert-major, so that an expert's slots are consecutive.
+`M = E G C` slots, expert-major, so that an expert's slots are consecutive, until a plan is arranged for the exchange.
+
+Under tensor parallelism a rank routes its own tokens. Where these make whole groups, no rank needs another's scores;
+where a group spans the tensor ranks, its scores are gathered, never its tokens, and every rank makes the same choice
+and keeps its part of it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ecdit.model.layers import parameter
+from parallel.parameters import parameter
+from parallel.spread import Spread
 
 
 @dataclass
@@ -23,7 +29,7 @@ class RoutingPlan:
 
     token (M,): the token in each slot, counted over all groups. gate (M,): its weight in the sum, differentiable.
     filled (M,): False where a slot is empty (its gate is 0 and its token a stand-in); None: all are filled.
-    aux: auxiliary loss, unweighted, or None.
+    aux: auxiliary loss, unweighted, or None. spanning: whether other tensor ranks fill the slots that are empty here.
     """
 
     token: Tensor
@@ -32,6 +38,28 @@ class RoutingPlan:
     experts: int
     filled: Tensor | None = None
     aux: Tensor | None = None
+    spanning: bool = False
+
+    def part(self, first: int, tokens: int) -> "RoutingPlan":
+        """What is left of it for the rank that has tokens first ... first + tokens - 1."""
+        here = (self.token >= first) & (self.token < first + tokens)
+        # a slot of another rank stands for some token of its own, so that no token gathers all of them
+        stand_in = torch.arange(len(self.token), device=self.token.device) % tokens
+        return RoutingPlan(
+            torch.where(here, self.token - first, stand_in),
+            torch.where(here, self.gate, 0.0),
+            tokens,
+            self.experts,
+            here if self.filled is None else here & self.filled,
+            self.aux,
+            spanning=True,
+        )
+
+    def arrange(self, order: Callable[[Tensor], Tensor]) -> None:
+        """Brings the slots into another order."""
+        self.token, self.gate = order(self.token), order(self.gate)
+        if self.filled is not None:
+            self.filled = order(self.filled)
 
     @cached_property
     def slots_by_token(self) -> tuple[Tensor, Tensor]:
@@ -63,10 +91,10 @@ def top_tokens(affinity: Tensor, capacity: int) -> Tensor:
 class Router(nn.Module):
     """Scores and choices. `routing` is expert_choice or token_choice."""
 
-    def __init__(self, width: int, experts: int, capacity_factor: float, routing: str):
+    def __init__(self, width: int, experts: int, capacity_factor: float, routing: str, spread: Spread):
         super().__init__()
-        self.experts, self.capacity_factor = experts, capacity_factor
-        self.weight = parameter(width, experts, std=width**-0.5)
+        self.experts, self.capacity_factor, self.spread = experts, capacity_factor, spread
+        self.weight = parameter(width, experts, std=width**-0.5, reads_own_tokens=True)
         self.choose = {"expert_choice": expert_choice, "token_choice": token_choice}[routing]
 
     def forward(self, x: Tensor, group_tokens: int) -> RoutingPlan:
@@ -74,7 +102,15 @@ class Router(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         affinity = torch.softmax(x.to(wide) @ self.weight.to(wide), dim=-1)
         capacity = int(group_tokens * self.capacity_factor / self.experts)
-        return self.choose(affinity.view(-1, group_tokens, self.experts), capacity)
+        spanning = len(x) % group_tokens != 0
+        if spanning:
+            affinity = self.spread.gather_scores(affinity)
+        plan = self.choose(affinity.view(-1, group_tokens, self.experts), capacity)
+        if spanning:
+            plan = plan.part(self.spread.tensor_rank * len(x), len(x))
+        if plan.aux is not None:
+            plan.aux = self.spread.mean_over_tokens(plan.aux)
+        return plan
 
 
 def expert_choice(affinity: Tensor, capacity: int) -> RoutingPlan:

@@ -26,16 +26,25 @@ class Update:
     applied: bool
 
 
+# (model, micro-batch, what the pipeline stage before sent, or None) -> what is to be differentiated, a scalar on the
+# last stage, on the others what the next stage needs; and this stage's part of the loss
+Loss = Callable[[nn.Module, Any, Tensor | None], tuple[Tensor, Tensor]]
+
+
 class Engine(Protocol):
     """One way to train a model over ranks. A step is `accumulate`, then `update`."""
 
     model: nn.Module
 
-    def accumulate(self, micro_batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor]) -> Tensor:
-        """Backward through `loss(model, micro_batch)` of each; returns the mean over all ranks of their sum (fp32)."""
+    def accumulate(self, micro_batches: Iterable[Any], count: int, loss: Loss, hidden_shape: tuple[int, ...]) -> Tensor:
+        """Backward through the loss of each of `count` micro-batches, and the gradients' reduction over ranks; returns
+        the mean over the data ranks of the losses' sum over stages and micro-batches (fp32).
+
+        `hidden_shape`: of what a pipeline stage sends the next, (images, tokens, width).
+        """
 
     def update(self, lr: float) -> Update:
-        """Reduces the gradients over ranks, clips, and updates weights and their average."""
+        """Clips, and updates weights and their average."""
 
     def averaged(self) -> AbstractContextManager[nn.Module]:
         """The model with its averaged weights, within the context."""

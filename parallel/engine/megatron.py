@@ -1,11 +1,12 @@
-"""The megatron-core engine: its DDP and flat gradient buffers, our optimizer and EMA sharded over them.
+"""The megatron-core engine: its DDP and flat gradient buffers, its pipeline schedule, our optimizer and EMA sharded
+over the buffers.
 
-Each data rank reduces the gradients of an equal slice of every bucket, keeps the fp32 master weights, optimizer
-states and weight average of that slice alone, updates it, and gathers the others' (ZeRO-1). megatron-core's own
-DistributedOptimizer admits only Adam.
+Each data rank reduces the gradients of an equal slice of every bucket, while the backward pass of the last micro-batch
+is still running, keeps the fp32 master weights, optimizer states and weight average of that slice alone, updates it,
+and gathers the others' (ZeRO-1). megatron-core's own DistributedOptimizer admits only Adam.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,10 +19,11 @@ from megatron.core.distributed import (
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from parallel.engine import Update, UpdateSettings
+from parallel.engine import Loss, Update, UpdateSettings
 from parallel.engine.ema import Ema
 from parallel.engine.optimizer import RmspropMomentum, Slice, TorchRmsprop, clip_by_global_norm, squared_norms
-from parallel.engine.sharding import Shard
+from parallel.engine.pipeline import Pipeline
+from parallel.engine.sharding import Buckets, Catalogue
 from parallel.topology import Topology
 
 
@@ -30,109 +32,128 @@ class MegatronEngine:
 
     def __init__(self, model: nn.Module, topology: Topology, settings: UpdateSettings):
         self.topology, self.settings = topology, settings
-        for parameter in model.parameters():
+        groups, tensor_ranks = topology.groups, topology.layout.tensor
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        for parameter in names:
             # megatron-core reduces these over expert-data ranks instead of data ranks
             parameter.allreduce = not parameter.expert
-        self._ddp = DistributedDataParallel(
-            # DDP asks for a transformer's configuration but reads only flags of it that are off by default
-            TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1),
-            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
-            model,
-            pg_collection=topology.groups,
+        # a transformer's configuration is asked for; only what is said here is read. Under tensor parallelism gradients
+        # of some weights are to be summed over its ranks: `Spread.mark_gradients` says which.
+        config = TransformerConfig(
+            num_layers=topology.layout.pipeline,
+            hidden_size=tensor_ranks,
+            num_attention_heads=tensor_ranks,
+            tensor_model_parallel_size=tensor_ranks,
+            sequence_parallel=tensor_ranks > 1,
         )
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        groups = topology.groups
-        shards = [
-            Shard(self._ddp.buffers, names, groups.dp),
-            Shard(self._ddp.expert_parallel_buffers, names, groups.expt_dp),
+        self._ddp = DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=True
+            ),
+            model,
+            pg_collection=groups,
+        )
+        self._pipeline = Pipeline(self._ddp, topology) if groups.pp.size() > 1 else None
+        self._catalogue = Catalogue(names, topology)
+        copy = groups.tp.rank() > 0
+        self._buckets = [
+            Buckets(self._ddp.buffers, names, groups.dp, copy),
+            Buckets(self._ddp.expert_parallel_buffers, names, groups.expt_dp, copy),
         ]
-        self._parts = [_Part(shard, settings) for shard in shards if shard.shapes]
+        self._pieces = [piece for buckets in self._buckets for piece in buckets.pieces]
+        self._gradients = [piece.gradients for piece in self._pieces]
+        # masters are copies also in fp32, where the weights could serve: `averaged` overwrites the weights
+        self._masters = [piece.weights.detach().float().clone() for piece in self._pieces]
+        self._optimizer = self._make_optimizer()
+        self._ema = Ema(self._masters, settings.ema)
+
+    def _make_optimizer(self) -> RmspropMomentum | TorchRmsprop:
+        slices = [
+            Slice(master, self._catalogue.number(piece), piece.decay, counted=not piece.copy)
+            for piece, master in zip(self._pieces, self._masters, strict=True)
+        ]
+        if self.settings.name == "torch_rmsprop":
+            return TorchRmsprop(slices, weight_decay=self.settings.weight_decay)
+        return RmspropMomentum(
+            slices,
+            self._catalogue.unit_numels,
+            weight_decay=self.settings.weight_decay,
+            sum_over_ranks=self.topology.sum,
+        )
 
     @property
     def model(self) -> nn.Module:
         """The model itself, without DDP."""
         return self._ddp.module
 
-    def accumulate(self, micro_batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor]) -> Tensor:
-        """Backward through each micro-batch; gradients add up in fp32 buffers and are reduced in `update`."""
+    def accumulate(self, micro_batches: Iterable[Any], count: int, loss: Loss, hidden_shape: tuple[int, ...]) -> Tensor:
+        """Gradients add up in fp32 buffers; they are reduced from the last micro-batch's backward pass on."""
         self._ddp.zero_grad_buffer()
+        run = self._pipeline.run if self._pipeline is not None else self._run
+        total = run(micro_batches, count, loss, hidden_shape)
+        finalize_model_grads([self._ddp], pg_collection=self.topology.groups)
+        # every tensor rank has the loss of its data rank
+        return self.topology.sum(total / (self.topology.data_ranks * self.topology.layout.tensor))
+
+    def _run(self, micro_batches: Iterable[Any], count: int, loss: Loss, _hidden_shape: tuple[int, ...]) -> Tensor:
         total = torch.zeros((), device=self.topology.device)
+        batches = iter(micro_batches)
+
+        def step() -> None:
+            value, part = loss(self._ddp, next(batches), None)
+            value.backward()
+            total.add_(part.detach())
+
         with self._ddp.no_sync():
-            for micro_batch in micro_batches:
-                value = loss(self._ddp, micro_batch)
-                value.backward()
-                total += value.detach().float()
-        return self.topology.mean(total)
+            for _ in range(count - 1):
+                step()
+        step()
+        return total
 
     def update(self, lr: float) -> Update:
         """One update, unless a gradient is not finite: then nothing changes."""
-        finalize_model_grads([self._ddp], pg_collection=self.topology.groups)
-        norm = torch.stack([part.shard.sum(squared_norms(part.gradients).sum()) for part in self._parts]).sum().sqrt()
+        squares = squared_norms([p.gradients for p in self._pieces if not p.copy], self.topology.device)
+        norm = self.topology.sum(squares.sum()).sqrt()
         applied = bool(norm.isfinite())
         if applied:
-            for part in self._parts:
-                clip_by_global_norm(part.gradients, norm, self.settings.clip)
-                part.step(lr)
+            clip_by_global_norm(self._gradients, norm, self.settings.clip)
+            self._optimizer.step(self._gradients, lr)
+            self._ema.update(self._masters)
+            self._publish(self._masters)
         return Update(norm.item(), applied)
+
+    @torch.no_grad()
+    def _publish(self, values: list[Tensor]) -> None:
+        """Writes the slices into the model's weights, on every rank."""
+        torch._foreach_copy_([piece.weights for piece in self._pieces], values)
+        for buckets in self._buckets:
+            buckets.gather_weights()
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
         """Puts the averaged weights in, and the trained ones back."""
-        for part in self._parts:
-            part.publish(part.ema.slices)
+        self._publish(self._ema.slices)
         try:
             yield self.model
         finally:
-            for part in self._parts:
-                part.publish(part.masters)
+            self._publish(self._masters)
+
+    def _kinds(self) -> dict[str, list[Tensor]]:
+        return {"weights": self._masters, "ema": self._ema.slices, **self._optimizer.states}
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Whole tensors in fp32; every rank has them, one need write them."""
-        state: dict[str, dict[str, Tensor]] = {}
-        for part in self._parts:
-            for kind, values in part.kinds().items():
-                state.setdefault(kind, {}).update(part.shard.whole(values))
-        return state
+        return {kind: self._catalogue.whole(self._pieces, values) for kind, values in self._kinds().items()}
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients that `accumulate` left, as whole tensors; for tests and inspection."""
+        return self._catalogue.whole(self._pieces, self._gradients)
 
     def load(self, state: dict[str, dict[str, Tensor]], updates: int) -> None:
-        """Restores `state`, whatever the number of ranks that it was made on."""
-        for part in self._parts:
-            for kind, values in part.kinds().items():
-                part.shard.scatter(state[kind], values)
-            part.optimizer.step_count = updates
-            part.ema.updates = updates
-            part.publish(part.masters)
-
-
-class _Part:
-    """Masters, optimizer and average of one shard (dense parameters, or experts)."""
-
-    def __init__(self, shard: Shard, settings: UpdateSettings):
-        self.shard = shard
-        # masters are copies also in fp32, where the weights could serve: `averaged` overwrites the weights
-        self.masters = [piece.weights.detach().float().clone() for piece in shard.pieces]
-        self.gradients = [piece.gradients for piece in shard.pieces]
-        slices = [
-            Slice(master, piece.unit, piece.decay) for piece, master in zip(shard.pieces, self.masters, strict=True)
-        ]
-        if settings.name == "rmsprop_momentum":
-            self.optimizer = RmspropMomentum(
-                slices, shard.unit_numels, weight_decay=settings.weight_decay, sum_over_ranks=shard.sum
-            )
-        else:
-            self.optimizer = TorchRmsprop(slices, weight_decay=settings.weight_decay)
-        self.ema = Ema(self.masters, settings.ema)
-
-    def step(self, lr: float) -> None:
-        self.optimizer.step(self.gradients, lr)
-        self.ema.update(self.masters)
-        self.publish(self.masters)
-
-    def publish(self, values: list[Tensor]) -> None:
-        """Writes the slices into the model's weights, on every rank."""
-        with torch.no_grad():
-            torch._foreach_copy_([piece.weights for piece in self.shard.pieces], values)
-            self.shard.gather_weights()
-
-    def kinds(self) -> dict[str, list[Tensor]]:
-        return {"weights": self.masters, "ema": self.ema.slices, **self.optimizer.states}
+        """Restores `state`, whatever the layout that it was made on."""
+        for kind, values in self._kinds().items():
+            self._catalogue.scatter(state[kind], self._pieces, values)
+        self._optimizer.step_count = updates
+        self._ema.updates = updates
+        self._publish(self._masters)

@@ -15,11 +15,13 @@ TINY = 1e-30  # added to squares, so that a gradient of zero divides to zero
 
 @dataclass
 class Slice:
-    """master: fp32, flat. unit: number of its unit, the same on all ranks. decay: whether weights decay."""
+    """master: fp32, flat. unit: number of its unit, the same on all ranks. decay: whether weights decay.
+    counted: False where another rank has the same slice and counts it in sums over ranks."""
 
     master: Tensor
     unit: int
     decay: bool
+    counted: bool = True
 
 
 class RmspropMomentum:
@@ -47,8 +49,9 @@ class RmspropMomentum:
         self._masters = [piece.master for piece in slices]
         self._decayed = [piece.master for piece in slices if piece.decay]
         self._sum = sum_over_ranks
-        device = self._masters[0].device if slices else None
+        device = self._masters[0].device
         self._units = torch.tensor([piece.unit for piece in slices], dtype=torch.int64, device=device)
+        self._counted = torch.tensor([float(piece.counted) for piece in slices], device=device)
         self._numels = torch.tensor(unit_numels, dtype=torch.float32, device=device)
         self.states = {
             "square": [torch.zeros_like(master) for master in self._masters],
@@ -76,7 +79,7 @@ class RmspropMomentum:
 
     def _update_scales(self, updates: list[Tensor]) -> list[Tensor]:
         """1 / max(1, rms / clip_update) of each slice's unit, as scalars on the device."""
-        squares = squared_norms(updates)
+        squares = squared_norms(updates, self._numels.device) * self._counted
         totals = self._sum(torch.zeros_like(self._numels).index_add_(0, self._units, squares))
         rms = (totals / self._numels).sqrt()
         return list((1 / (rms / self.clip_update).clamp(min=1))[self._units].unbind())
@@ -121,9 +124,9 @@ class TorchRmsprop:
         self._optimizer.zero_grad(set_to_none=True)
 
 
-def squared_norms(tensors: list[Tensor]) -> Tensor:
+def squared_norms(tensors: list[Tensor], device: torch.device) -> Tensor:
     """Sum of squares of each of n tensors -> (n,)."""
-    return torch.stack(torch._foreach_norm(tensors)).square()
+    return torch.stack(torch._foreach_norm(tensors)).square() if tensors else torch.zeros(0, device=device)
 
 
 @torch.no_grad()

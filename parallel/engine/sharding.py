@@ -1,7 +1,9 @@
 """Which part of every tensor a rank updates: equal slices of megatron-core DDP's flat buckets.
 
-A *unit* is a tensor of the model, or one expert's matrix of an expert weight. A rank's slice of a bucket cuts units
-anywhere; a `Piece` is the part of one unit that lies in it.
+A *unit* is a tensor of the model, or one expert's matrix of an expert weight; all ranks number the units of the whole
+model alike. Tensor, expert and pipeline parallelism give a rank a block of a tensor, and its slice of a bucket cuts
+that anywhere; a `Piece` is the part of one unit that lies in it. Every element of the model is updated by one rank,
+or, where tensor ranks have copies of a weight, by one rank of each copy.
 """
 
 from collections.abc import Iterator
@@ -11,59 +13,56 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from parallel.parameters import is_whole
+from parallel.topology import Topology
+
+PORTION = 1 << 24  # elements gathered at once
+
 
 @dataclass
 class Piece:
-    """Part of a unit: flat views of this rank's weights and gradients, and where they lie in the parameter.
+    """Part of a unit: flat views of this rank's weights and gradients, and where they lie in this rank's block.
 
-    `start` counts elements of the flattened parameter; `unit` numbers the units of all buckets.
+    `start` counts elements of the flattened block. `copy`: whether another tensor rank counts these elements.
     """
 
     parameter: str
+    unit: tuple[str, int]
     start: int
     weights: Tensor
     gradients: Tensor
-    unit: int
     decay: bool
+    copy: bool
 
 
-class Shard:
-    """This rank's pieces of all buckets whose gradients are reduced over one group."""
+class Buckets:
+    """The buckets whose gradients are reduced over one group, and this rank's pieces of them."""
 
-    def __init__(self, buffers: list, names: dict[nn.Parameter, str], group: dist.ProcessGroup):
+    def __init__(self, buffers: list, names: dict[nn.Parameter, str], group: dist.ProcessGroup, copy_rank: bool):
+        """`copy_rank`: whether another tensor rank counts what all of them have."""
         self.group = group
         self.buckets = [bucket for buffer in buffers for bucket in buffer.buckets]
-        self.unit_numels: list[int] = []
-        self.pieces = [p for buffer in buffers for p in self._pieces(buffer, names)]
-        self.shapes = {names[p]: p.shape for buffer in buffers for p in buffer.params}
+        self.pieces = [p for buffer in buffers for p in self._pieces(buffer, names, copy_rank)]
 
-    def _pieces(self, buffer, names: dict[nn.Parameter, str]) -> Iterator[Piece]:
+    def _pieces(self, buffer, names: dict[nn.Parameter, str], copy_rank: bool) -> Iterator[Piece]:
         for bucket in buffer.buckets:
             size = bucket.grad_data.numel() // self.group.size()
             first = self.group.rank() * size
             for parameter in bucket.params_list:
-                begin = buffer.param_index_map[parameter][0] - bucket.offset  # of the parameter in the bucket
-                units = parameter.shape[0] if getattr(parameter, "expert", False) else 1
-                unit = parameter.numel() // units
-                for u in range(units):
-                    self.unit_numels.append(unit)
-                    low = max(first, begin + u * unit)
-                    high = min(first + size, begin + (u + 1) * unit)
+                name = names[parameter]
+                begin = buffer.param_index_map[parameter][0] - bucket.offset  # of the block in the bucket
+                for unit, low, high in units_of(name, parameter):
+                    low, high = max(first, begin + low), min(first + size, begin + high)
                     if low < high:
                         yield Piece(
-                            names[parameter],
+                            name,
+                            unit,
                             low - begin,
                             bucket.param_data.view(-1)[low:high],
                             bucket.grad_data.view(-1)[low:high],
-                            len(self.unit_numels) - 1,
                             parameter.ndim > 1,
+                            copy_rank and is_whole(parameter) and not parameter.expert,
                         )
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum of a tensor over the group's ranks, in place."""
-        if self.group.size() > 1:
-            dist.all_reduce(values, group=self.group)
-        return values
 
     def gather_weights(self) -> None:
         """Sends every rank the slices that the others have updated."""
@@ -75,20 +74,73 @@ class Shard:
             own = flat[self.group.rank() * size :][:size].clone()
             dist.all_gather_into_tensor(flat, own, group=self.group)
 
-    def whole(self, values: list[Tensor]) -> dict[str, Tensor]:
-        """Tensors in the parameters' own shapes, in fp32 on the CPU, from every rank's values for its pieces."""
-        full = {name: torch.zeros(shape.numel()) for name, shape in self.shapes.items()}
-        for piece, value in zip(self.pieces, values, strict=True):
-            full[piece.parameter][piece.start : piece.start + value.numel()] = value.detach().float().cpu()
-        for name, flat in full.items():
-            if self.group.size() > 1:  # each element is written by one rank, so the sum is exact
-                summed = self.sum(flat.to(self.pieces[0].weights.device))
-                flat = summed.cpu()
-            full[name] = flat.view(self.shapes[name])
-        return full
 
-    def scatter(self, whole: dict[str, Tensor], values: list[Tensor]) -> None:
+def units_of(name: str, parameter: nn.Parameter) -> Iterator[tuple[tuple[str, int], int, int]]:
+    """The units that a rank's block has part of: (parameter, number), and where each lies in the flattened block."""
+    count = parameter.shape[0] if parameter.expert else 1
+    size = parameter.numel() // count
+    for i in range(count):
+        yield (name, parameter.block.offset[0] + i if parameter.expert else 0), i * size, (i + 1) * size
+
+
+class Catalogue:
+    """All parameters and units of the whole model, also of other pipeline stages, the same on every rank."""
+
+    def __init__(self, names: dict[nn.Parameter, str], topology: Topology):
+        here = {name: (p.block.whole, p.expert) for p, name in names.items()}
+        everywhere = [here] * topology.ranks
+        if topology.ranks > 1:
+            dist.all_gather_object(everywhere, here)
+        self.wholes: dict[str, tuple[int, ...]] = {}
+        self.unit_numels: list[int] = []
+        self._numbers: dict[tuple[str, int], int] = {}
+        for name, (whole, expert) in sorted({n: v for part in everywhere for n, v in part.items()}.items()):
+            self.wholes[name] = whole
+            count = whole[0] if expert else 1
+            for unit in range(count):
+                self._numbers[name, unit] = len(self.unit_numels)
+                self.unit_numels.append(torch.Size(whole).numel() // count)
+        self.blocks = {name: (p.block, p.shape) for p, name in names.items()}
+        self._topology = topology
+
+    def number(self, piece: Piece) -> int:
+        """Of the piece's unit, among the units of the whole model."""
+        return self._numbers[piece.unit]
+
+    def whole(self, pieces: list[Piece], values: list[Tensor]) -> dict[str, Tensor]:
+        """Whole tensors in fp32 on the CPU, on every rank, from every rank's values for its pieces."""
+        blocks = {name: torch.zeros(shape) for name, (_, shape) in self.blocks.items()}
+        for piece, value in zip(pieces, values, strict=True):
+            if not piece.copy:
+                blocks[piece.parameter].view(-1)[piece.start : piece.start + len(value)] = value.detach().float().cpu()
+        wholes: dict[str, Tensor] = {}
+        for names in self._portions():
+            portion = {name: torch.zeros(self.wholes[name]) for name in names}
+            for name in portion.keys() & blocks.keys():
+                block, part = self.blocks[name]
+                block.of(portion[name], part).copy_(blocks.pop(name))
+            # each element is written by one rank, so the sum is exact
+            flat = torch.cat([whole.view(-1) for whole in portion.values()])
+            flat = self._topology.sum(flat.to(self._topology.device)).cpu()
+            parts = flat.split([whole.numel() for whole in portion.values()])
+            wholes |= {n: part.view(portion[n].shape).clone() for n, part in zip(names, parts, strict=True)}
+        return wholes
+
+    def _portions(self) -> Iterator[list[str]]:
+        """Names of tensors that are gathered at once."""
+        names, numel = [], 0
+        for name, whole in self.wholes.items():
+            names.append(name)
+            numel += torch.Size(whole).numel()
+            if numel >= PORTION:
+                yield names
+                names, numel = [], 0
+        if names:
+            yield names
+
+    def scatter(self, wholes: dict[str, Tensor], pieces: list[Piece], values: list[Tensor]) -> None:
         """The reverse of `whole`: copies this rank's pieces of whole tensors into `values`."""
-        for piece, value in zip(self.pieces, values, strict=True):
-            flat = whole[piece.parameter].reshape(-1)
-            value.copy_(flat[piece.start : piece.start + value.numel()])
+        for piece, value in zip(pieces, values, strict=True):
+            block, shape = self.blocks[piece.parameter]
+            flat = block.of(wholes[piece.parameter], shape).reshape(-1)
+            value.copy_(flat[piece.start : piece.start + len(value)])

@@ -1,0 +1,99 @@
+"""A model spread over the groups of a topology. See `Spread` for what each method means.
+
+Shapes: as in `Spread`.
+"""
+
+import torch.distributed as dist
+from megatron.core.tensor_parallel import mappings
+from torch import Tensor
+
+from parallel.dispatch import Exchange
+from parallel.layers import PlainLinears
+from parallel.layers.megatron import MegatronLinears
+from parallel.parameters import Split
+from parallel.spread import LocalExchange, Spread
+from parallel.topology import Topology
+
+
+class RankSpread(Spread):
+    """One rank's part of a model.
+
+    `linears`: "torch" (megatron-core's where they are split) or "transformer_engine". `dispatch_chunks`: parts in
+    which tokens travel to their experts.
+    """
+
+    def __init__(self, topology: Topology, *, linears: str = "torch", dispatch_chunks: int = 1):
+        self._groups, self._tensor, self._chunks = topology.groups, topology.groups.tp, dispatch_chunks
+        self.tensor_ranks, self.tensor_rank = self._tensor.size(), self._tensor.rank()
+        self.sequence = topology.layout.sequence and self.tensor_ranks > 1
+        self.first_stage, self.last_stage = topology.first_stage, topology.last_stage
+        if linears == "transformer_engine":
+            from parallel.layers.transformer_engine import TransformerEngineLinears  # needs the extra, and a GPU
+
+            self.linears = TransformerEngineLinears(self._tensor, self.sequence)
+        elif self.tensor_ranks > 1:
+            self.linears = MegatronLinears(self._tensor, self.sequence)
+        else:
+            self.linears = PlainLinears()
+
+    def layers(self, count: int) -> range:
+        stage, stages = self._groups.pp.rank(), self._groups.pp.size()
+        return range(stage * count // stages, (stage + 1) * count // stages)
+
+    def expert_splits(self, hidden_dim: int) -> tuple[Split, ...]:
+        ep, etp = self._groups.ep, self._groups.expt_tp
+        return Split(0, ep.rank(), ep.size()), Split(hidden_dim, etp.rank(), etp.size())
+
+    def exchange(self, experts: int) -> LocalExchange | Exchange:
+        if self._groups.ep.size() == self._groups.expt_tp.size() == 1:
+            return LocalExchange(experts)
+        return Exchange(self._groups, experts, self._chunks)
+
+    def receive(self, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+        if self.first_stage:
+            return None
+        hidden = like.new_empty(shape)
+        dist.recv(hidden, group=self._groups.pp, group_src=self._groups.pp.rank() - 1)
+        return hidden
+
+    def send(self, hidden: Tensor | None) -> None:
+        if not self.last_stage:
+            dist.send(hidden, group=self._groups.pp, group_dst=self._groups.pp.rank() + 1)
+
+    def share(self, result: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        result = result.contiguous() if self.last_stage else like.new_empty(shape)
+        if self._groups.pp.size() > 1:
+            dist.broadcast(result, group=self._groups.pp, group_src=self._groups.pp.size() - 1)
+        return result
+
+    def own(self, x: Tensor) -> Tensor:
+        return x.chunk(self.tensor_ranks)[self.tensor_rank] if self.sequence else x
+
+    def conditioning(self, x: Tensor) -> Tensor:
+        if self.sequence:
+            return mappings.gather_from_sequence_parallel_region(x, group=self._tensor)
+        return mappings.copy_to_tensor_model_parallel_region(x, group=self._tensor)
+
+    def features(self, x: Tensor) -> Tensor:
+        if self.sequence:
+            return mappings.all_to_all_hp2sp(x, group=self._tensor)
+        return mappings.gather_from_tensor_model_parallel_region(x, group=self._tensor)
+
+    def collect(self, x: Tensor) -> Tensor:
+        return self._gather(x) if self.sequence else x
+
+    def own_tokens(self, x: Tensor) -> Tensor:
+        return x if self.sequence else mappings.scatter_to_sequence_parallel_region(x, group=self._tensor)
+
+    def collect_tokens(self, x: Tensor) -> Tensor:
+        return x if self.sequence else self._gather(x)
+
+    def gather_scores(self, scores: Tensor) -> Tensor:
+        return mappings.gather_from_sequence_parallel_region(scores, group=self._tensor)
+
+    def mean_over_tokens(self, value: Tensor) -> Tensor:
+        return mappings.reduce_from_tensor_model_parallel_region(value / self.tensor_ranks, group=self._tensor)
+
+    def _gather(self, x: Tensor) -> Tensor:
+        # what follows is the same on every rank, so each takes its part of the gradient and nothing is summed
+        return mappings.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=self._tensor)
