@@ -159,7 +159,8 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        console.print(f"ecdit: {error}", markup=False)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the ranks of a machine read the same files
+            console.print(f"ecdit: {error}", markup=False)
         sys.exit(2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):

@@ -21,6 +21,10 @@ class Run:
         self.checkpoints = folder / "checkpoints"
         self.samples = folder / "samples"
 
+    def log_file(self, rank: int) -> Path:
+        """Where a rank other than the first writes."""
+        return self.folder / "logs" / f"rank-{rank}.log"
+
     def recipe(self) -> Recipe:
         """The recipe that the run was last started with. Raises UserError where the folder is no run."""
         if not self.recipe_file.exists():

@@ -29,10 +29,12 @@ from ecdit.statistics import RoutingStatistics
 from parallel import checkpoint, topology
 from parallel.engine import Engine, UpdateSettings
 from parallel.engine.megatron import MegatronEngine
+from parallel.failure import together
 from parallel.spread.ranks import RankSpread
-from parallel.topology import Layout, LayoutError
+from parallel.topology import Layout, LayoutError, Topology
 
-DONE, FAILED, STOPPED = 0, 1, 75  # exit codes: done, a run that cannot go on, stopped with a checkpoint
+# exit codes: done, a run that cannot go on, bad input, stopped with a checkpoint
+DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 MOST_SKIPPED_IN_A_ROW = 10
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -50,10 +52,9 @@ class Progress:
 class Trainer:
     """Everything that a training run holds, and its loop."""
 
-    def __init__(self, recipe: Recipe, run: Run, callbacks: list[Callback]):
-        self.recipe, self.run, self.callbacks = recipe, run, callbacks
-        self.topology = start_topology(recipe)
-        device = self.topology.device
+    def __init__(self, recipe: Recipe, run: Run, callbacks: list[Callback], place: Topology):
+        self.recipe, self.run, self.callbacks, self.topology = recipe, run, callbacks, place
+        device = place.device
         self._check_batch()
         self.stream = open_stream(recipe, self.topology.data_rank, self.topology.data_ranks)
         self.text_encoder = load_text_encoder(
@@ -98,8 +99,7 @@ class Trainer:
     def _loop(self) -> int:
         batches = self.stream.batches(self.progress.step)
         while self.progress.step < self.recipe.train.steps:
-            record = self._step(next(batches))
-            self._notify(lambda callback, record=record: callback.on_step(self, record))
+            self._report(self._step(next(batches)))
             if self.progress.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
                 return self._give_up()
             if self.topology.agree(self._stop):
@@ -227,6 +227,11 @@ class Trainer:
                 f"train.micro_batch: {train.micro_batch}; try a multiple of {ranks * train.micro_batch}"
             )
 
+    def _report(self, record: dict[str, Any]) -> None:
+        self._notify(lambda callback: callback.on_step(self, record))
+        if record["logged"] and not self.topology.first:
+            self._tell(f"step {record['step']}: loss {record['loss']:.6g}, {record['seconds']:.3f} s")
+
     def _notify(self, call: Callable[[Callback], None]) -> None:
         """Calls the callbacks. One that cannot write (a full disk, say) does not end the run."""
         for callback in self.callbacks:
@@ -240,7 +245,10 @@ class Trainer:
                     self._tell(f"{type(callback).__name__}: {error}. The run goes on without what it would write.")
 
     def _tell(self, message: str) -> None:
-        for callback in self.callbacks if self.topology.first else []:
+        if not self.topology.first:
+            print(message, flush=True)  # to this rank's log
+            return
+        for callback in self.callbacks:
             callback.on_message(message)
 
     @contextmanager
@@ -260,7 +268,7 @@ class Trainer:
                 signal.signal(number, handler)
 
 
-def start_topology(recipe: Recipe) -> topology.Topology:
+def start_topology(recipe: Recipe) -> Topology:
     """The recipe's layout over the ranks of this job. Raises UserError where they do not divide."""
     sizes = recipe.parallel
     layout = Layout(sizes.tensor, sizes.expert, sizes.expert_tensor, sizes.pipeline, sizes.sequence)
@@ -290,7 +298,17 @@ def train(recipe: Recipe, runs: Path, callbacks: list[Callback]) -> int:
 
     Raises UserError for bad input, before the first step.
     """
+    run = Run(runs / recipe.run)
     try:
-        return Trainer(recipe, Run(runs / recipe.run), callbacks).fit()
+        place = start_topology(recipe)
+        with together(place, run.log_file(place.rank), _explain):
+            return Trainer(recipe, run, callbacks, place).fit()
     finally:
         topology.stop()
+
+
+def _explain(error: BaseException) -> tuple[str, int] | None:
+    """Message and exit code of an error that is not a crash."""
+    if isinstance(error, UserError):
+        return str(error), BAD_INPUT
+    return ("interrupted", 130) if isinstance(error, KeyboardInterrupt) else None

@@ -29,6 +29,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from parallel import cpu
 
+_job: dict[str, dist.Store] = {}  # torch keeps the groups of a process, but not its store
+
 
 class LayoutError(Exception):
     """The ranks of this job cannot be laid out as asked."""
@@ -61,11 +63,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Topology:
-    """This rank's place. `groups` holds megatron-core's process groups, with its names (dp, expt_dp, ...)."""
+    """This rank's place. `groups` holds megatron-core's process groups, with its names (dp, expt_dp, ...); `store` is
+    the job's, where ranks leave word for each other."""
 
     groups: ProcessGroupCollection
     device: torch.device
     layout: Layout
+    store: dist.Store
 
     @property
     def rank(self) -> int:
@@ -142,12 +146,19 @@ def start(layout: Layout, timeout_minutes: float) -> Topology:
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        backend, timeout = ("nccl" if cuda else "gloo"), timedelta(minutes=timeout_minutes)
+        timeout = timedelta(minutes=timeout_minutes)
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))
         else:
-            store = dist.HashStore()
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+            store, rank, ranks = dist.HashStore(), 0, 1
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=dist.PrefixStore("groups", store),
+            rank=rank,
+            world_size=ranks,
+            timeout=timeout,
+        )
+        _job["store"] = store
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel(
             layout.tensor,
@@ -158,7 +169,7 @@ def start(layout: Layout, timeout_minutes: float) -> Topology:
             # no weight is shared by two stages, so nothing is to be summed over them
             get_embedding_ranks=lambda ranks, *_: ranks[:1],
         )
-    return Topology(ProcessGroupCollection.use_mpu_process_groups(), device, layout)
+    return Topology(ProcessGroupCollection.use_mpu_process_groups(), device, layout, _job["store"])
 
 
 def stop() -> None:
