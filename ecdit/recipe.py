@@ -55,8 +55,10 @@ class ModelRecipe(Section):
     width: PositiveInt = Field(description="Hidden width D; the FFN and every expert have 4 D.")
     heads: PositiveInt = Field(description="Query heads of both attentions.")
     kv_heads: PositiveInt = Field(description="Key and value heads of both attentions (grouped-query).")
-    routing: Literal["dense", "expert_choice", "token_choice"] = Field(
-        "expert_choice", description="What every second block has for its feed-forward layer."
+    routing: Literal["dense", "expert_choice", "token_choice", "megatron_topk"] = Field(
+        "expert_choice",
+        description="What every second block has for its feed-forward layer; megatron_topk (megatron-core's dropless "
+        "top-2) needs a GPU and the extra te.",
     )
     experts: PositiveInt = Field(8, description="Experts E of a MoE layer.")
     capacity_factor: PositiveFloat = Field(
@@ -64,7 +66,7 @@ class ModelRecipe(Section):
     )
     group_tokens: PositiveInt = Field(1024, description="Tokens T of a routing group in training.")
     aux_loss: Annotated[float, Field(ge=0)] = Field(
-        0.01, description="Weight of the load-balancing loss; used by token_choice alone."
+        0.01, description="Weight of the load-balancing loss; used by token_choice and megatron_topk."
     )
     side: PositiveInt = Field(32, description="Side of the latent picture.")
     channels: PositiveInt = Field(4, description="Channels c of the latent picture.")
@@ -91,6 +93,11 @@ class ModelRecipe(Section):
     def sparse(self, layer: int) -> bool:
         """Whether block `layer`, counted from 0, has a MoE layer: every second one, from the second on."""
         return self.routing != "dense" and layer % 2 == 1
+
+    @property
+    def grouped(self) -> bool:
+        """Whether routing is within groups of tokens, with a capacity."""
+        return self.routing in ("expert_choice", "token_choice")
 
     def capacity(self, group_tokens: int) -> int:
         """C, the tokens that each expert takes of a group."""
@@ -126,10 +133,10 @@ class ModelRecipe(Section):
             raise ValueError(f"@width: {self.width} is no multiple of 4 (sine-cosine positions need it)")
         if self.decoder.layers:
             divides(self.decoder.heads, self.decoder.width, "decoder.heads", "decoder.width")
-        if self.routing != "dense":
+        if self.grouped:
             for tokens, use in ((self.group_tokens, "training"), (self.sample_group_tokens, "sampling")):
                 self._capacity_is_whole(tokens, use)
-        if self.routing == "token_choice" and self.experts < 2:
+        if self.routing in ("token_choice", "megatron_topk") and self.experts < 2:
             raise ValueError(f"@experts: {self.experts} is too few for top-2 routing; at least 2")
         return self
 
@@ -315,7 +322,7 @@ class Recipe(Section):
             kept = int(self.model.tokens * (1 - ratio))
             if kept < 1:
                 raise ValueError(f"@masking.ratio: {ratio:g} leaves no token of {self.model.tokens}")
-            if self.model.routing != "dense":
+            if self.model.grouped:
                 self._groups_are_whole(kept, ratio)
         return self
 

@@ -19,7 +19,7 @@ from ecdit.diffusion.patch import unpatchify
 from ecdit.diffusion.solver import euler, guide, heun, time_grid
 from ecdit.errors import UserError
 from ecdit.model.dit import EcDit
-from ecdit.recipe import Recipe, SampleRecipe
+from ecdit.recipe import ParallelRecipe, Recipe, SampleRecipe, TrainRecipe
 from ecdit.run import Run
 
 SOLVERS = {"euler": euler, "heun": heun}
@@ -61,10 +61,27 @@ class Sampler:
             device=device,
             dtype=torch.float32,
         )
-        with torch.device("meta"):
-            model = EcDit(recipe.model)
-        model.load_state_dict(saved.kind("ema"), assign=True)
-        return cls(model.to(device), recipe, text_encoder, load_checked_autoencoder(recipe, device))
+        model = cls._model(recipe, saved.kind("ema"), device)
+        return cls(model, recipe, text_encoder, load_checked_autoencoder(recipe, device))
+
+    @staticmethod
+    def _model(recipe: Recipe, weights: dict[str, Tensor], device: torch.device) -> EcDit:
+        if recipe.model.grouped or recipe.model.routing == "dense":
+            with torch.device("meta"):
+                model = EcDit(recipe.model)
+            model.load_state_dict(weights, assign=True)
+            return model.to(device)
+        # megatron-core's layer exists only in a job, here of one rank, and knows states besides its weights
+        alone = recipe.model_copy(update={"parallel": ParallelRecipe(), "train": TrainRecipe(precision="bf16")})
+        from ecdit.assemble import assemble_model, check_job, start_topology  # imports megatron-core
+
+        place = start_topology(alone)
+        check_job(alone, place)
+        model = assemble_model(alone, place)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.copy_(weights[name])
+        return model
 
     @torch.no_grad()
     def draw(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ecdit.assemble import DTYPES, assemble_engine, check_job, start_topology
 from ecdit.callbacks import Callback
 from ecdit.data.encoders import load_checked_autoencoder, load_text_encoder
 from ecdit.data.stream import Batch, TrainStream
@@ -19,7 +20,6 @@ from ecdit.diffusion.masking import keep_count, ratio_at
 from ecdit.diffusion.objective import MicroBatch, objective, to_differentiate
 from ecdit.errors import UserError
 from ecdit.model.count import forward_flops
-from ecdit.model.dit import EcDit
 from ecdit.peak import peak_flops
 from ecdit.recipe import Recipe
 from ecdit.recipe_io import dump_recipe
@@ -27,16 +27,12 @@ from ecdit.run import Run, check_same_model
 from ecdit.schedule import learning_rate
 from ecdit.statistics import RoutingStatistics
 from parallel import checkpoint, topology
-from parallel.engine import Engine, UpdateSettings
-from parallel.engine.megatron import MegatronEngine
 from parallel.failure import together
-from parallel.spread.ranks import RankSpread
-from parallel.topology import Layout, LayoutError, Topology
+from parallel.topology import Topology
 
 # exit codes: done, a run that cannot go on, bad input, stopped with a checkpoint
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 MOST_SKIPPED_IN_A_ROW = 10
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass
@@ -55,7 +51,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, run: Run, callbacks: list[Callback], place: Topology):
         self.recipe, self.run, self.callbacks, self.topology = recipe, run, callbacks, place
         device = place.device
-        self._check_batch()
+        check_job(recipe, place)
         self.stream = open_stream(recipe, self.topology.data_rank, self.topology.data_ranks)
         self.text_encoder = load_text_encoder(
             recipe.data.text_encoder,
@@ -65,20 +61,9 @@ class Trainer:
             dtype=DTYPES[recipe.train.precision],
         )
         self.autoencoder = load_checked_autoencoder(recipe, device)
-        spread = RankSpread(
-            self.topology, linears=recipe.train.linears, dispatch_chunks=recipe.parallel.dispatch_chunks
-        )
-        with device:
-            model = EcDit(recipe.model, recipe.train.seed, spread, recipe.train.recompute)
-        model.to(DTYPES[recipe.train.precision])
-        self._sparse = [layer for layer in range(recipe.model.layers) if recipe.model.sparse(layer)]
-        self._sparse_here = [layer for layer in spread.layers(recipe.model.layers) if recipe.model.sparse(layer)]
-        optimizer = recipe.optimizer
-        self.engine: Engine = MegatronEngine(
-            model,
-            self.topology,
-            UpdateSettings(optimizer.name, optimizer.weight_decay, optimizer.clip, optimizer.ema),
-        )
+        self.engine = assemble_engine(recipe, place)
+        routed = [layer for layer in range(recipe.model.layers) if recipe.model.sparse(layer) and recipe.model.grouped]
+        self._routed = routed, [layer for layer in routed if str(layer) in self.engine.model.blocks]
         self.progress = Progress()
         self.peak = peak_flops(device, DTYPES[recipe.train.precision]) * self.topology.ranks
         self._stop = False
@@ -115,7 +100,7 @@ class Trainer:
         recipe, step, began = self.recipe, self.progress.step, time.perf_counter()
         logged = (step + 1) % recipe.log.every == 0 or step + 1 == recipe.train.steps
         device, images = self.topology.device, recipe.train.batch // self.topology.data_ranks
-        routing = RoutingStatistics(self._sparse, self._sparse_here, device)
+        routing = RoutingStatistics(*self._routed, device)
         velocity = torch.zeros((), device=device)
 
         def loss(model: nn.Module, micro: MicroBatch, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -219,14 +204,6 @@ class Trainer:
         self.progress = Progress(saved.step, saved.meta["updates"], saved.meta["skipped"])
         self._tell(f"Resumed from {saved.folder} at step {saved.step}.")
 
-    def _check_batch(self) -> None:
-        train, ranks = self.recipe.train, self.topology.data_ranks
-        if train.batch % (ranks * train.micro_batch):
-            raise UserError(
-                f"train.batch: {train.batch} does not divide into {ranks} data ranks with whole micro-batches of "
-                f"train.micro_batch: {train.micro_batch}; try a multiple of {ranks * train.micro_batch}"
-            )
-
     def _report(self, record: dict[str, Any]) -> None:
         self._notify(lambda callback: callback.on_step(self, record))
         if record["logged"] and not self.topology.first:
@@ -266,16 +243,6 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def start_topology(recipe: Recipe) -> Topology:
-    """The recipe's layout over the ranks of this job. Raises UserError where they do not divide."""
-    sizes = recipe.parallel
-    layout = Layout(sizes.tensor, sizes.expert, sizes.expert_tensor, sizes.pipeline, sizes.sequence)
-    try:
-        return topology.start(layout, sizes.timeout_minutes)
-    except LayoutError as error:
-        raise UserError(str(error)) from None
 
 
 def open_stream(recipe: Recipe, data_rank: int, data_ranks: int) -> TrainStream:

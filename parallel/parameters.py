@@ -5,6 +5,7 @@ starts from the same model, and no rank ever holds more than its share.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -54,14 +55,27 @@ def parameter(
         shape[split.dim] //= split.parts
         offset[split.dim] = split.part * shape[split.dim]
     weight = describe(nn.Parameter(torch.empty(*shape)), std, Block(whole, tuple(offset)))
-    weight.expert, weight.reads_own_tokens = expert, reads_own_tokens
+    weight.expert = weight.stacked = expert
+    weight.reads_own_tokens = reads_own_tokens
     return weight
 
 
 def describe(weight: nn.Parameter, std: float, block: Block) -> nn.Parameter:
-    """Gives a parameter, such as one that a library made, what `initialize` and the engine need to know of it."""
-    weight.init_std, weight.block, weight.expert, weight.reads_own_tokens = std, block, False, False
+    """Gives a parameter, such as one that a library made, what `initialize` and the engine need to know of it.
+
+    expert: of an expert-parallel layer. stacked: dim 0 counts experts. number: its expert's, where a library counts
+    those of a rank from 0 in the names.
+    """
+    weight.init_std, weight.block = std, block
+    weight.expert = weight.stacked = weight.reads_own_tokens = False
+    weight.number = None
     return weight
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names that mean the same on every rank: an expert is called by its number among all."""
+    for name, weight in model.named_parameters():
+        yield name if weight.number is None else f"{name.rstrip('0123456789')}{weight.number}", weight
 
 
 def is_whole(weight: nn.Parameter) -> bool:
@@ -77,7 +91,7 @@ def xavier(fan_in: int, fan_out: int) -> float:
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int) -> None:
     """Fills every parameter from (seed, its name, the global index of each element) and nothing else."""
-    for name, weight in model.named_parameters():
+    for name, weight in named_parameters(model):
         if weight.init_std == 0:
             weight.zero_()
         else:

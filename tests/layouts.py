@@ -37,6 +37,7 @@ class Case:
     recompute: str = "none"
     batch: int = 32
     precision: torch.dtype = torch.float32
+    linears: str = "torch"
     model: tuple = ()
 
     def recipe(self):
@@ -102,7 +103,7 @@ def randomize(model) -> None:
 
 def build(case: Case, place: topology.Topology) -> tuple[EcDit, MegatronEngine]:
     """This rank's part of the model, and its engine."""
-    spread = RankSpread(place, dispatch_chunks=case.chunks)
+    spread = RankSpread(place, linears=case.linears, dispatch_chunks=case.chunks)
     with place.device:
         model = EcDit(case.recipe().model, spread=spread, recompute=case.recompute)
         randomize(model)

@@ -124,10 +124,11 @@ def cases(draw):
     )  # fmt: skip
 
 
-@settings(max_examples=1, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(cases(), min_size=6, max_size=6))
 def test_random_layouts_train_as_the_oracle(drawn):
     """One job for some of them, since starting one takes longer than training."""
     usable = [case for case in drawn if case.micro_batch % max(2, case.layout.tensor) == 0]
     if usable:
+        print(*usable, sep="\n")
         check(usable)

@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from ecdit.model.attention import CrossAttention, SelfAttention
 from ecdit.model.experts import Ffn
 from ecdit.model.layers import modulate
-from ecdit.model.moe import Moe
 from ecdit.model.router import RoutingPlan
 from parallel.spread import Spread
 
@@ -26,7 +25,7 @@ class Block(nn.Module):
         heads: int,
         kv_heads: int,
         spread: Spread,
-        moe: Moe | None = None,
+        moe: nn.Module | None = None,
         *,
         recompute_moe: bool = False,
     ):

@@ -17,7 +17,7 @@ from ecdit.diffusion.patch import patchify
 from ecdit.model.block import Block
 from ecdit.model.embed import TIME_FEATURES, Positions, time_features
 from ecdit.model.layers import Mlp, gelu, modulate
-from ecdit.model.moe import Moe
+from ecdit.model.moe import MegatronTopk, Moe
 from ecdit.model.router import RoutingPlan
 from ecdit.recipe import ModelRecipe
 from parallel.layers import Linear
@@ -67,7 +67,9 @@ class EcDit(nn.Module):
     def _block(self, layer: int) -> Block:
         recipe, spread = self.recipe, self.spread
         moe = None
-        if recipe.sparse(layer):
+        if recipe.sparse(layer) and recipe.routing == "megatron_topk":
+            moe = MegatronTopk(recipe.width, recipe.experts, recipe.aux_loss, spread)
+        elif recipe.sparse(layer):
             moe = Moe(recipe.width, recipe.experts, recipe.capacity_factor, recipe.routing, spread)
         return Block(recipe.width, recipe.heads, recipe.kv_heads, spread, moe, recompute_moe=self.recompute == "moe")
 

@@ -39,6 +39,20 @@ class Moe(nn.Module):
         return self.spread.collect_tokens(out).view_as(x), plan
 
 
+class MegatronTopk(nn.Module):
+    """The baseline `routing: megatron_topk`: megatron-core's dropless top-2 layer. It has no groups and no plan."""
+
+    def __init__(self, width: int, experts: int, aux_loss: float, spread: Spread):
+        super().__init__()
+        self.spread = spread
+        self.layer = spread.megatron_moe(width, experts, aux_loss)
+
+    def forward(self, x: Tensor, group_tokens: int) -> tuple[Tensor, None]:
+        """(B, S, D) -> (B, S, D)."""
+        out = self.layer(self.spread.own_tokens(x.reshape(-1, x.shape[-1])))
+        return self.spread.collect_tokens(out).view_as(x), None
+
+
 def sum_slots(rows: Tensor, by_token: Tensor, offsets: Tensor, weight: Tensor | None = None) -> Tensor:
     """Sums each token's slots. rows (M, D), by_token (M,), offsets (N + 1,), weight (M,) in slot order -> (N, D)."""
     return F.embedding_bag(

@@ -24,6 +24,7 @@ from parallel.engine.ema import Ema
 from parallel.engine.optimizer import RmspropMomentum, Slice, TorchRmsprop, clip_by_global_norm, squared_norms
 from parallel.engine.pipeline import Pipeline
 from parallel.engine.sharding import Buckets, Catalogue
+from parallel.parameters import named_parameters
 from parallel.topology import Topology
 
 
@@ -33,7 +34,7 @@ class MegatronEngine:
     def __init__(self, model: nn.Module, topology: Topology, settings: UpdateSettings):
         self.topology, self.settings = topology, settings
         groups, tensor_ranks = topology.groups, topology.layout.tensor
-        names = {parameter: name for name, parameter in model.named_parameters()}
+        names = {parameter: name for name, parameter in named_parameters(model)}
         for parameter in names:
             # megatron-core reduces these over expert-data ranks instead of data ranks
             parameter.allreduce = not parameter.expert

@@ -77,26 +77,26 @@ class Buckets:
 
 def units_of(name: str, parameter: nn.Parameter) -> Iterator[tuple[tuple[str, int], int, int]]:
     """The units that a rank's block has part of: (parameter, number), and where each lies in the flattened block."""
-    count = parameter.shape[0] if parameter.expert else 1
+    count = parameter.shape[0] if parameter.stacked else 1
     size = parameter.numel() // count
     for i in range(count):
-        yield (name, parameter.block.offset[0] + i if parameter.expert else 0), i * size, (i + 1) * size
+        yield (name, parameter.block.offset[0] + i if parameter.stacked else 0), i * size, (i + 1) * size
 
 
 class Catalogue:
     """All parameters and units of the whole model, also of other pipeline stages, the same on every rank."""
 
     def __init__(self, names: dict[nn.Parameter, str], topology: Topology):
-        here = {name: (p.block.whole, p.expert) for p, name in names.items()}
+        here = {name: (p.block.whole, p.stacked) for p, name in names.items()}
         everywhere = [here] * topology.ranks
         if topology.ranks > 1:
             dist.all_gather_object(everywhere, here)
         self.wholes: dict[str, tuple[int, ...]] = {}
         self.unit_numels: list[int] = []
         self._numbers: dict[tuple[str, int], int] = {}
-        for name, (whole, expert) in sorted({n: v for part in everywhere for n, v in part.items()}.items()):
+        for name, (whole, stacked) in sorted({n: v for part in everywhere for n, v in part.items()}.items()):
             self.wholes[name] = whole
-            count = whole[0] if expert else 1
+            count = whole[0] if stacked else 1
             for unit in range(count):
                 self._numbers[name, unit] = len(self.unit_numels)
                 self.unit_numels.append(torch.Size(whole).numel() // count)

@@ -60,6 +60,11 @@ class Spread:
         """What takes rows to their experts and back."""
         return LocalExchange(experts)
 
+    def megatron_moe(self, width: int, experts: int, aux_loss: float) -> nn.Module:
+        """megatron-core's MoE layer on `own_tokens`, (N, D) -> (N, D). It is made of process groups, so this spread,
+        which has none, raises TypeError."""
+        raise TypeError("megatron-core's MoE layer needs the groups of a topology")
+
     def mark_gradients(self, model: nn.Module) -> None:
         """Has megatron-core sum over tensor ranks what each of them has only its own tokens' part of: gradients of
         unsplit weights under sequence parallelism, and always of routers, which read `own_tokens`."""

@@ -5,7 +5,7 @@ Shapes: as in `Spread`.
 
 import torch.distributed as dist
 from megatron.core.tensor_parallel import mappings
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel.dispatch import Exchange
 from parallel.layers import PlainLinears
@@ -23,7 +23,8 @@ class RankSpread(Spread):
     """
 
     def __init__(self, topology: Topology, *, linears: str = "torch", dispatch_chunks: int = 1):
-        self._groups, self._tensor, self._chunks = topology.groups, topology.groups.tp, dispatch_chunks
+        self._topology, self._chunks = topology, dispatch_chunks
+        self._groups, self._tensor = topology.groups, topology.groups.tp
         self.tensor_ranks, self.tensor_rank = self._tensor.size(), self._tensor.rank()
         self.sequence = topology.layout.sequence and self.tensor_ranks > 1
         self.first_stage, self.last_stage = topology.first_stage, topology.last_stage
@@ -48,6 +49,11 @@ class RankSpread(Spread):
         if self._groups.ep.size() == self._groups.expt_tp.size() == 1:
             return LocalExchange(experts)
         return Exchange(self._groups, experts, self._chunks)
+
+    def megatron_moe(self, width: int, experts: int, aux_loss: float) -> nn.Module:
+        from parallel.megatron_moe import MegatronMoe  # needs the extra `te`, and a GPU
+
+        return MegatronMoe(self._topology, width, experts, aux_loss)
 
     def receive(self, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
         if self.first_stage:

@@ -1,0 +1,61 @@
+"""What needs a GPU: the same parity there, Transformer Engine's linears, megatron-core's MoE layer, NCCL."""
+
+import pytest
+import torch
+
+from parallel.topology import Layout
+from tests.layouts import Case, train_case, train_cases, train_oracle
+from tests.ranks import run_on_ranks
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+
+
+def differences(found, expected):
+    """Largest relative difference of a loss, a gradient of the first step, and a weight after the last."""
+    losses = max(abs(a - b) / abs(b) for a, b in zip(found[0], expected[0], strict=True))
+    gradients = max(((found[1][0][n] - g).norm() / g.norm()).item() for n, g in expected[1][0].items())
+    weights = max(((found[2][n] - w).norm() / w.norm()).item() for n, w in expected[2].items())
+    return losses, gradients, weights
+
+
+def on_one_gpu(case):
+    found = train_case(case)
+    torch.distributed.destroy_process_group()
+    return found
+
+
+@pytest.mark.parametrize("routing", ["expert_choice", "token_choice", "dense"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_gpu_trains_as_the_oracle(routing, masked):
+    case = Case(Layout(), 1, routing, masked, accumulation=2)
+    found = differences(on_one_gpu(case), train_oracle(case))
+    print(case, found)
+    assert found[0] < 1e-5 and found[1] < 1e-4 and found[2] < 1e-4
+
+
+def test_transformer_engine_linears_are_torchs():
+    case = Case(Layout(), 1, linears="transformer_engine", model=(("width", 64),))
+    found = differences(on_one_gpu(case), train_oracle(case))
+    print(case, found)
+    assert found[0] < 1e-5 and found[1] < 1e-3 and found[2] < 1e-3
+
+
+def test_bf16_is_within_its_tolerance():
+    case = Case(Layout(), 1, accumulation=2, precision=torch.bfloat16, routing="dense")
+    found = differences(on_one_gpu(case), train_oracle(case))
+    print(case, found)
+    assert found[0] < 1e-2 and found[1] < 5e-2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("layout", [Layout(tensor=2, expert=2, sequence=True), Layout(expert=2), Layout(pipeline=2)])
+def test_two_gpus_over_nccl_train_as_the_oracle(layout):
+    for precision, tolerances in ((torch.float32, (1e-5, 1e-4)), (torch.bfloat16, (1e-2, 5e-2))):
+        routing = "dense" if precision == torch.bfloat16 and layout.expert == 1 else "expert_choice"
+        case = Case(layout, 2, routing, accumulation=2, precision=precision)
+        found = differences(run_on_ranks(train_cases, 2, [case])[0][0], train_oracle(case))
+        print(case, precision, found)
+        assert found[0] < tolerances[0] and found[1] < tolerances[1]
