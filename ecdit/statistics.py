@@ -16,15 +16,14 @@ class RoutingStatistics:
         """`layers`: numbers of the model's MoE layers; `of_stage`: those that this rank runs."""
         self._rows = [layers.index(layer) for layer in of_stage]
         # tokens, tokens that nobody took, experts that took them, the squares of these
-        self._sums = torch.zeros(len(layers), 4, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(len(layers), 4, dtype=torch.int64, device=device)
 
     def add(self, plans: list[RoutingPlan]) -> None:
         """Counts a micro-batch."""
         for row, plan in zip(self._rows, plans, strict=True):
-            count = plan.experts_per_token().double()
-            self._sums[row] += torch.stack(
-                [torch.ones_like(count).sum(), (count == 0).sum(), count.sum(), count.square().sum()]
-            )
+            count = plan.experts_per_token()  # (N,), whole numbers
+            self._sums[row, 0] += len(count)
+            self._sums[row, 1:] += torch.stack([(count == 0).sum(), count.sum(), count.square().sum()])
 
     def sums(self) -> Tensor:
         """To be added up over all ranks (layers, 4)."""
@@ -35,7 +34,7 @@ class RoutingStatistics:
         """From the sums over all ranks: one number a layer."""
         if not len(sums):
             return {}
-        tokens, unrouted, experts, squares = sums.cpu().unbind(1)
+        tokens, unrouted, experts, squares = sums.double().cpu().unbind(1)
         mean = experts / tokens
         spread = (squares / tokens - mean.square()).clamp(min=0).sqrt()
         return {"unrouted_share": (unrouted / tokens).tolist(), "experts_per_token_std": spread.tolist()}

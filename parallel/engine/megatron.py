@@ -50,7 +50,9 @@ class MegatronEngine:
         self._ddp = DistributedDataParallel(
             config,
             DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=True
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=True,
+                overlap_grad_reduce=topology.ranks > 1,
             ),
             model,
             pg_collection=groups,
