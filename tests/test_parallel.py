@@ -4,7 +4,7 @@ from functools import cache
 from itertools import product
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from parallel.topology import Layout
@@ -112,7 +112,7 @@ def cases(draw):
         "experts": draw(st.sampled_from([4, 8])),
         "heads": 4,
         "kv_heads": draw(st.sampled_from([2, 4])),
-        "text_tokens": draw(st.integers(1, 7)),
+        "text_tokens": draw(st.integers(3, 7)),  # over a single one, a query's gradient is nothing but rounding
         "layers": draw(st.sampled_from([2, 4])),
     }
     routing = draw(st.sampled_from([EC, TC]))
@@ -124,11 +124,13 @@ def cases(draw):
     )  # fmt: skip
 
 
-@settings(max_examples=3, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+# shrinking would start a job for every try
+@settings(
+    max_examples=3, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+)
 @given(st.lists(cases(), min_size=6, max_size=6))
 def test_random_layouts_train_as_the_oracle(drawn):
     """One job for some of them, since starting one takes longer than training."""
     usable = [case for case in drawn if case.micro_batch % max(2, case.layout.tensor) == 0]
     if usable:
-        print(*usable, sep="\n")
         check(usable)
