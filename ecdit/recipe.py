@@ -258,11 +258,21 @@ class ParallelRecipe(Section):
     timeout_minutes: PositiveFloat = Field(10.0, description="Time-out of every process group.")
 
 
+class KeepRecipe(Section):
+    """Which checkpoints stay. Nothing is deleted before its successor is committed."""
+
+    last: PositiveInt = Field(3, description="The newest ones.")
+    every: Annotated[int, Field(ge=0)] = Field(0, description="And those of every so many steps; 0: none.")
+
+
 class CheckpointRecipe(Section):
-    """What is kept of a run."""
+    """What is saved of a run, and when."""
 
     every: PositiveInt = Field(1000, description="Steps between checkpoints; the last step always has one.")
-    keep_last: PositiveInt = Field(3, description="Newest checkpoints kept.")
+    keep: KeepRecipe = Field(KeepRecipe(), description="Which of them stay.")
+    asynchronous: bool = Field(
+        True, description="Write in the background, from a copy in host memory, while training goes on."
+    )
 
 
 class LogRecipe(Section):

@@ -7,8 +7,8 @@ import yaml
 from ecdit.errors import UserError
 from ecdit.recipe import Recipe
 from ecdit.recipe_io import dump_recipe, load_recipe
-from parallel import checkpoint
-from parallel.checkpoint import Checkpoint
+from parallel.checkpoint import folder as checkpoints
+from parallel.checkpoint.folder import Checkpoint
 
 
 class Run:
@@ -39,27 +39,35 @@ class Run:
         aside.replace(self.recipe_file)
 
     def newest_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint that verifies, and messages on broken ones, which are set aside."""
-        return checkpoint.newest(self.checkpoints)
+        """The newest checkpoint that verifies, and messages on broken ones."""
+        return checkpoints.newest(self.checkpoints)
 
 
-def check_same_model(recipe: Recipe, saved: Checkpoint) -> None:
-    """Refuses a checkpoint whose model, or whose way to an identical continuation, is another one.
+# what a run may change on its way; all else decides the model, or which samples and noise it meets
+HARMLESS = ("run", "checkpoint.", "log.", "sample.", "parallel.", "data.workers", "train.steps", "train.recompute")
+HARMLESS += ("train.micro_batch", "train.linears", "train.precision", "cluster.")
 
-    Raises UserError with every differing key.
+
+def check_same_model(recipe: Recipe, saved: Checkpoint) -> list[str]:
+    """What the recipe changes of the one that the checkpoint was made with, one sentence each, for the user.
+
+    Raises UserError with every differing key where the model is another one, or the optimizer's states are.
     """
-    ours, theirs = recipe.model.model_dump(mode="json"), yaml.safe_load(saved.meta["recipe"])["model"]
-    differing = [
-        f"  model.{key}: {ours.get(key)!r} in the recipe, {theirs.get(key)!r} in the checkpoint"
-        for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key)
-    ]
-    if recipe.optimizer.name != saved.meta["optimizer"]:
-        differing.append(
-            f"  optimizer.name: {recipe.optimizer.name!r} in the recipe, {saved.meta['optimizer']!r} in the checkpoint"
-        )
-    if differing:
+    ours, theirs = (_flat(r) for r in (recipe.model_dump(mode="json"), yaml.safe_load(saved.meta["recipe"])))
+    differing = {key: (ours.get(key), theirs.get(key)) for key in sorted(ours.keys() | theirs.keys())}
+    differing = {key: pair for key, pair in differing.items() if pair[0] != pair[1]}
+    told = {key: f"{key}: {a!r} in the recipe, {b!r} in the checkpoint" for key, (a, b) in differing.items()}
+    fatal = [line for key, line in told.items() if key.startswith("model.") or key == "optimizer.name"]
+    if fatal:
         raise UserError(
             f"{saved.folder} is a checkpoint of another model; choose another name for `run`, or make these agree:\n"
-            + "\n".join(differing)
+            + "\n".join(f"  {line}" for line in fatal)
         )
+    return [f"Goes on with another {line}." for key, line in told.items() if not key.startswith(HARMLESS)]
+
+
+def _flat(values: object, prefix: str = "") -> dict[str, object]:
+    """Dotted keys of nested mappings; lists are values."""
+    if not isinstance(values, dict):
+        return {prefix.removesuffix("."): values}
+    return {key: value for name, part in values.items() for key, value in _flat(part, f"{prefix}{name}.").items()}

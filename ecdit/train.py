@@ -26,7 +26,11 @@ from ecdit.recipe_io import dump_recipe
 from ecdit.run import Run, check_same_model
 from ecdit.schedule import learning_rate
 from ecdit.statistics import RoutingStatistics
-from parallel import checkpoint, topology
+from parallel import topology
+from parallel.checkpoint import CheckpointError
+from parallel.checkpoint.folder import Keep, committed
+from parallel.checkpoint.lock import FolderLock
+from parallel.checkpoint.store import CheckpointStore
 from parallel.failure import together
 from parallel.topology import Topology
 
@@ -64,6 +68,14 @@ class Trainer:
         self.engine = assemble_engine(recipe, place)
         routed = [layer for layer in range(recipe.model.layers) if recipe.model.sparse(layer) and recipe.model.grouped]
         self._routed = routed, [layer for layer in routed if str(layer) in self.engine.model.blocks]
+        keep = recipe.checkpoint.keep
+        self.store = CheckpointStore(
+            run.checkpoints,
+            place,
+            Keep(keep.last, keep.every),
+            asynchronous=recipe.checkpoint.asynchronous,
+            timeout_minutes=recipe.parallel.timeout_minutes,
+        )
         self.progress = Progress()
         self.peak = peak_flops(device, DTYPES[recipe.train.precision]) * self.topology.ranks
         self._stop = False
@@ -85,15 +97,16 @@ class Trainer:
         batches = self.stream.batches(self.progress.step)
         while self.progress.step < self.recipe.train.steps:
             self._report(self._step(next(batches)))
+            self._tell_of_save()
             if self.progress.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
                 return self._give_up()
             if self.topology.agree(self._stop):
-                self._save(final=True)
+                self._save_and_wait()
                 return STOPPED
-            if self.progress.step % self.recipe.checkpoint.every == 0:
-                self._save(final=self.progress.step == self.recipe.train.steps)
-        if self.progress.step % self.recipe.checkpoint.every:
-            self._save(final=True)
+            if self.progress.step == self.recipe.train.steps:
+                self._save_and_wait()
+            elif self.progress.step % self.recipe.checkpoint.every == 0:
+                self._save()
         return DONE
 
     def _step(self, batch: Batch) -> dict[str, Any]:
@@ -112,7 +125,7 @@ class Trainer:
             return to_differentiate(per_image, extra, out, len(micro.latents), images)
 
         count = images // recipe.train.micro_batch
-        shape = self.engine.model.hidden_shape(recipe.train.micro_batch, self._kept(step))
+        shape = self.engine.model.hidden_shape(recipe.train.micro_batch, self._tokens(step))
         total = self.engine.accumulate(self._micro_batches(batch), count, loss, shape)
         # every tensor rank has its data rank's loss, on the last stage
         velocity = self.topology.sum(velocity / (self.topology.data_ranks * self.topology.layout.tensor)).item()
@@ -156,15 +169,16 @@ class Trainer:
         self.progress.skipped_in_a_row = 0 if applied else self.progress.skipped_in_a_row + 1
 
     def _step_flops(self, step: int) -> float:
-        return 3 * forward_flops(self.recipe.model, self._kept(step)) * self.recipe.train.batch
+        return 3 * forward_flops(self.recipe.model, self._tokens(step)) * self.recipe.train.batch
 
-    def _kept(self, step: int) -> int:
+    def _tokens(self, step: int) -> int:
         """Tokens of an image that enter the backbone."""
         return keep_count(self.recipe.model.tokens, ratio_at(self.recipe.masking.schedule, step))
 
     def _give_up(self) -> int:
         """Ends a run whose losses stay non-finite, leaving its checkpoints as they are."""
-        good = checkpoint.committed(self.run.checkpoints)
+        self.store.wait()
+        good = committed(self.run.checkpoints)
         newest = f"The newest checkpoint is {good[-1]}." if good else "There is no checkpoint before it."
         self._tell(
             f"The loss or a gradient was not finite in the last {MOST_SKIPPED_IN_A_ROW} steps, the first of them step "
@@ -173,36 +187,54 @@ class Trainer:
         )
         return FAILED
 
-    def _save(self, *, final: bool) -> None:
-        """Writes a checkpoint. One that fails does not end the run, except where there is no later chance."""
-        step, state = self.progress.step, self.engine.state()
+    def _save(self) -> None:
+        """Begins to write a checkpoint."""
         meta = {
             "updates": self.progress.updates,
             "skipped": self.progress.skipped,
+            "samples": self.progress.step * self.recipe.train.batch,
             "optimizer": self.recipe.optimizer.name,
             "recipe": dump_recipe(self.recipe),
         }
-        if not self.topology.first:
-            return
-        try:
-            checkpoint.save(self.run.checkpoints, step, state, meta, self.recipe.checkpoint.keep_last)
-        except checkpoint.CheckpointError as error:
-            kept = checkpoint.committed(self.run.checkpoints)
-            told = f"{error}; {f'{kept[-1].name} is kept' if kept else 'there is none before it'}"
-            if final:
-                raise UserError(f"{told}. Make room and type the same command again.") from None
-            self._tell(f"{told}. The run goes on and tries again at the next checkpoint.")
+        self.store.wait()
+        self._tell_of_save()
+        self.store.save(self.progress.step, self.engine.state(), meta)
+
+    def _save_and_wait(self) -> None:
+        """The last one of this process. Raises UserError where it could not be written."""
+        self._save()
+        self.store.wait()
+        saved = self.store.ended()
+        if saved is not None and saved.error is not None:
+            raise UserError(f"{saved.error}; {self._kept()}. Make room and type the same command again.")
+
+    def _tell_of_save(self) -> None:
+        """A save that failed does not end the run: there is a later one."""
+        saved = self.store.ended()
+        if saved is not None and saved.error is not None:
+            self._tell(f"{saved.error}; {self._kept()}. The run goes on and tries again at the next checkpoint.")
+
+    def _kept(self) -> str:
+        kept = committed(self.run.checkpoints)
+        return f"{kept[-1].name} is kept" if kept else "there is none before it"
 
     def _resume(self) -> None:
-        saved, messages = self.run.newest_checkpoint()
+        try:
+            self.store.check_memory(self.engine.state())
+            saved, messages = self.store.newest()
+        except CheckpointError as error:
+            raise UserError(str(error)) from None
         for message in messages:
             self._tell(message)
         if saved is None:
             return
-        check_same_model(self.recipe, saved)
-        self.engine.load(saved.tensors(), saved.meta["updates"])
+        changes = check_same_model(self.recipe, saved)
+        saved.load(self.engine.state())
+        self.engine.loaded(saved.meta["updates"])
         self.progress = Progress(saved.step, saved.meta["updates"], saved.meta["skipped"])
         self._tell(f"Resumed from {saved.folder} at step {saved.step}.")
+        for change in changes:
+            self._tell(change)
 
     def _report(self, record: dict[str, Any]) -> None:
         self._notify(lambda callback: callback.on_step(self, record))
@@ -268,10 +300,26 @@ def train(recipe: Recipe, runs: Path, callbacks: list[Callback]) -> int:
     run = Run(runs / recipe.run)
     try:
         place = start_topology(recipe)
-        with together(place, run.log_file(place.rank), _explain):
+        with together(place, run.log_file(place.rank), _explain), _alone(run, place):
             return Trainer(recipe, run, callbacks, place).fit()
     finally:
         topology.stop()
+
+
+@contextmanager
+def _alone(run: Run, place: Topology) -> Iterator[None]:
+    """Keeps other runs out of the folder. Raises UserError where one is in it."""
+    if not place.first:
+        yield
+        return
+    try:
+        lock = FolderLock(run.folder / "lock")
+    except CheckpointError as error:
+        raise UserError(str(error)) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _explain(error: BaseException) -> tuple[str, int] | None:

@@ -13,6 +13,7 @@ from ecdit.diffusion.patch import patchify
 from ecdit.model.dit import EcDit
 from ecdit.recipe_io import parse_recipe
 from parallel import topology
+from parallel.checkpoint.boxes import Boxes
 from parallel.engine import UpdateSettings
 from parallel.engine.megatron import MegatronEngine
 from parallel.engine.optimizer import RmspropMomentum, Slice, clip_by_global_norm
@@ -111,6 +112,28 @@ def build(case: Case, place: topology.Topology) -> tuple[EcDit, MegatronEngine]:
     return model, MegatronEngine(model, place, SETTINGS)
 
 
+def whole(boxes: dict[str, Boxes]) -> dict[str, torch.Tensor]:
+    """Whole tensors from every rank's boxes; each element must be there."""
+    own = {name: (b.whole, [(at, v.cpu().clone()) for at, v in b.parts]) for name, b in boxes.items()}
+    everyones = [own] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyones, own)
+    found: dict[str, torch.Tensor] = {}
+    for part in everyones:
+        for name, (shape, parts) in part.items():
+            tensor = found.setdefault(name, torch.full(shape, torch.nan))
+            for at, values in parts:
+                tensor[tuple(slice(o, o + n) for o, n in zip(at, values.shape, strict=True))] = values
+    assert not any(tensor.isnan().any() for tensor in found.values())
+    return found
+
+
+def whole_kind(engine: MegatronEngine, kind: str) -> dict[str, torch.Tensor]:
+    """One kind of an engine's state, such as weights, by parameter."""
+    prefix = f"{kind}/"
+    of_kind = {name: boxes for name, boxes in engine.state().items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): tensor for name, tensor in whole(of_kind).items()}
+
+
 def train_case(case: Case) -> tuple[list[float], dict, dict]:
     """Losses of three steps, gradients of each step, and weights after them; on every rank of a running job."""
     recipe, micro_batch = case.recipe(), case.micro_batch
@@ -131,9 +154,9 @@ def train_case(case: Case) -> tuple[list[float], dict, dict]:
         tokens = recipe.model.tokens if micros[0].draws.keep is None else micros[0].draws.keep.shape[1]
         total = engine.accumulate(micros, len(micros), loss, model.hidden_shape(micro_batch, tokens))
         losses.append(total.item())
-        gradients.append(engine.gradients())
+        gradients.append(whole(engine.gradients()))
         engine.update(LR)
-    weights = engine.state()["weights"]
+    weights = whole_kind(engine, "weights")
     parallel_state.destroy_model_parallel()
     return losses, gradients, weights
 

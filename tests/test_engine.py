@@ -13,6 +13,7 @@ from parallel.engine.ema import Ema
 from parallel.engine.megatron import MegatronEngine
 from parallel.engine.optimizer import RmspropMomentum, Slice, clip_by_global_norm
 from parallel.topology import Layout
+from tests.layouts import whole, whole_kind
 from tests.ranks import run_on_ranks
 from tests.test_model import TINY, inputs
 
@@ -24,6 +25,10 @@ NO_STAGES = (0, 0, 0)
 def loss_of(model, batch, hidden=None, share=1.0):
     loss = model(*batch).velocity.sub(1).square().mean() * share
     return loss, loss
+
+
+def engine_kinds(engine):
+    return {name.split("/")[0] for name in engine.state()}
 
 
 def train(settings=SETTINGS, precision=torch.float32, poison=None):
@@ -41,7 +46,7 @@ def train(settings=SETTINGS, precision=torch.float32, poison=None):
         loss = engine.accumulate(micro, len(micro), partial(loss_of, share=2 / images), NO_STAGES)
         update = engine.update(LR)
         trace.append((loss.item(), update.grad_norm, update.applied))
-    state = engine.state()
+    state = {kind: whole_kind(engine, kind) for kind in engine_kinds(engine)}
     topology.stop()
     return trace, state
 
@@ -112,16 +117,19 @@ def test_state_is_whole_and_loads_into_an_identical_continuation():
 
     engine = MegatronEngine(EcDit(recipe, seed=1), place, SETTINGS)
     steps(engine, range(3))
-    saved = {kind: {name: t.clone() for name, t in part.items()} for kind, part in engine.state().items()}
-    assert {n: t.shape for n, t in saved["weights"].items()} == {
+    saved = {name: tensor.clone() for name, tensor in whole(engine.state()).items()}
+    assert {n.removeprefix("weights/"): t.shape for n, t in saved.items() if n.startswith("weights/")} == {
         n: p.shape for n, p in EcDit(recipe).named_parameters()
     }
     steps(engine, range(3, 5))
     other = MegatronEngine(EcDit(recipe, seed=2), place, SETTINGS)
-    other.load(saved, 3)
+    for name, boxes in other.state().items():
+        for at, values in boxes.parts:
+            values.copy_(saved[name][tuple(slice(o, o + n) for o, n in zip(at, values.shape, strict=True))])
+    other.loaded(3)
     steps(other, range(3, 5))
-    for kind, part in engine.state().items():
-        assert all(torch.equal(part[name], other.state()[kind][name]) for name in part), kind
+    found = whole(other.state())
+    assert all(torch.equal(tensor, found[name]) for name, tensor in whole(engine.state()).items())
     topology.stop()
 
 
@@ -130,7 +138,7 @@ def test_averaged_weights_are_there_within_the_context_alone():
     engine = MegatronEngine(EcDit(ModelRecipe(**TINY), seed=1), place, SETTINGS)
     engine.accumulate([inputs(engine.model.recipe, IMAGES)], 1, loss_of, NO_STAGES)
     engine.update(LR)
-    state = engine.state()
+    state = {kind: whole_kind(engine, kind) for kind in ("weights", "ema")}
     with engine.averaged() as model:
         assert all(torch.equal(p, state["ema"][n]) for n, p in model.named_parameters())
     assert all(torch.equal(p, state["weights"][n]) for n, p in engine.model.named_parameters())

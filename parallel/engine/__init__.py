@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from parallel.checkpoint.boxes import Boxes
+
 
 @dataclass(frozen=True)
 class UpdateSettings:
@@ -49,8 +51,9 @@ class Engine(Protocol):
     def averaged(self) -> AbstractContextManager[nn.Module]:
         """The model with its averaged weights, within the context."""
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """Everything that an update depends on: kind (weights, ema, square, ...) -> parameter name -> whole tensor."""
+    def state(self) -> dict[str, Boxes]:
+        """What this rank keeps of everything that an update depends on, as "kind/parameter" (kinds: weights, ema,
+        square, ...): views that saving reads and loading writes into."""
 
-    def load(self, state: dict[str, dict[str, Tensor]], updates: int) -> None:
-        """Restores `state` as it was after that many updates."""
+    def loaded(self, updates: int) -> None:
+        """To be called when `state` has been written into, with the number of updates that had been made."""

@@ -19,6 +19,7 @@ from megatron.core.distributed import (
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
+from parallel.checkpoint.boxes import Boxes
 from parallel.engine import Loss, Update, UpdateSettings
 from parallel.engine.ema import Ema
 from parallel.engine.optimizer import RmspropMomentum, Slice, TorchRmsprop, clip_by_global_norm, squared_norms
@@ -145,18 +146,21 @@ class MegatronEngine:
     def _kinds(self) -> dict[str, list[Tensor]]:
         return {"weights": self._masters, "ema": self._ema.slices, **self._optimizer.states}
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """Whole tensors in fp32; every rank has them, one need write them."""
-        return {kind: self._catalogue.whole(self._pieces, values) for kind, values in self._kinds().items()}
+    def state(self) -> dict[str, Boxes]:
+        """What this rank keeps of everything that an update depends on, as views: saving reads them, loading writes."""
+        return {
+            f"{kind}/{name}": boxes
+            for kind, values in self._kinds().items()
+            for name, boxes in self._catalogue.boxes(self._pieces, values).items()
+        }
 
-    def gradients(self) -> dict[str, Tensor]:
-        """The gradients that `accumulate` left, as whole tensors; for tests and inspection."""
-        return self._catalogue.whole(self._pieces, self._gradients)
+    def gradients(self) -> dict[str, Boxes]:
+        """What this rank keeps of the gradients that `accumulate` left."""
+        return self._catalogue.boxes(self._pieces, self._gradients)
 
-    def load(self, state: dict[str, dict[str, Tensor]], updates: int) -> None:
-        """Restores `state`, whatever the layout that it was made on."""
-        for kind, values in self._kinds().items():
-            self._catalogue.scatter(state[kind], self._pieces, values)
+    def loaded(self, updates: int) -> None:
+        """To be called when `state` has been written into: the model gets the weights as they were after that many
+        updates."""
         self._optimizer.step_count = updates
         self._ema.updates = updates
         self._publish(self._masters)

@@ -13,10 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from parallel.checkpoint.boxes import Boxes, view_as_boxes
 from parallel.parameters import is_whole
 from parallel.topology import Topology
-
-PORTION = 1 << 24  # elements gathered at once
 
 
 @dataclass
@@ -100,47 +99,18 @@ class Catalogue:
             for unit in range(count):
                 self._numbers[name, unit] = len(self.unit_numels)
                 self.unit_numels.append(torch.Size(whole).numel() // count)
-        self.blocks = {name: (p.block, p.shape) for p, name in names.items()}
-        self._topology = topology
+        self._blocks = {name: (p.block, tuple(p.shape)) for p, name in names.items()}
 
     def number(self, piece: Piece) -> int:
         """Of the piece's unit, among the units of the whole model."""
         return self._numbers[piece.unit]
 
-    def whole(self, pieces: list[Piece], values: list[Tensor]) -> dict[str, Tensor]:
-        """Whole tensors in fp32 on the CPU, on every rank, from every rank's values for its pieces."""
-        blocks = {name: torch.zeros(shape) for name, (_, shape) in self.blocks.items()}
+    def boxes(self, pieces: list[Piece], values: list[Tensor]) -> dict[str, Boxes]:
+        """What this rank has of each tensor, by parameter: views of its values for its pieces."""
+        parts: dict[str, list] = {}
         for piece, value in zip(pieces, values, strict=True):
-            if not piece.copy:
-                blocks[piece.parameter].view(-1)[piece.start : piece.start + len(value)] = value.detach().float().cpu()
-        wholes: dict[str, Tensor] = {}
-        for names in self._portions():
-            portion = {name: torch.zeros(self.wholes[name]) for name in names}
-            for name in portion.keys() & blocks.keys():
-                block, part = self.blocks[name]
-                block.of(portion[name], part).copy_(blocks.pop(name))
-            # each element is written by one rank, so the sum is exact
-            flat = torch.cat([whole.view(-1) for whole in portion.values()])
-            flat = self._topology.sum(flat.to(self._topology.device)).cpu()
-            parts = flat.split([whole.numel() for whole in portion.values()])
-            wholes |= {n: part.view(portion[n].shape).clone() for n, part in zip(names, parts, strict=True)}
-        return wholes
-
-    def _portions(self) -> Iterator[list[str]]:
-        """Names of tensors that are gathered at once."""
-        names, numel = [], 0
-        for name, whole in self.wholes.items():
-            names.append(name)
-            numel += torch.Size(whole).numel()
-            if numel >= PORTION:
-                yield names
-                names, numel = [], 0
-        if names:
-            yield names
-
-    def scatter(self, wholes: dict[str, Tensor], pieces: list[Piece], values: list[Tensor]) -> None:
-        """The reverse of `whole`: copies this rank's pieces of whole tensors into `values`."""
-        for piece, value in zip(pieces, values, strict=True):
-            block, shape = self.blocks[piece.parameter]
-            flat = block.of(wholes[piece.parameter], shape).reshape(-1)
-            value.copy_(flat[piece.start : piece.start + len(value)])
+            block, shape = self._blocks[piece.parameter]
+            parts.setdefault(piece.parameter, []).extend(
+                view_as_boxes(block.offset, shape, piece.start, value.detach())
+            )
+        return {name: Boxes(self.wholes[name], boxes) for name, boxes in parts.items()}
