@@ -137,6 +137,56 @@ def params(
     stdout.print(NOTES, soft_wrap=True, markup=False, highlight=False)
 
 
+checkpoint_app = typer.Typer(no_args_is_help=True, help="List and verify a run's checkpoints.")
+app.add_typer(checkpoint_app, name="checkpoint")
+
+
+@checkpoint_app.command("ls")
+def checkpoint_ls(run: RunFolder, as_json: Json = False) -> None:
+    """List a run's checkpoints: step, samples seen, size, age, ranks that wrote it."""
+    from ecdit.analyze.checkpoints import as_table, listing
+
+    rows = listing(Run(run))
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        Console().print(as_table(rows))
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(
+    run: RunFolder,
+    step: Annotated[int | None, typer.Option(help="This step's alone; all if not given.")] = None,
+) -> None:
+    """Read every file of a run's checkpoints and compare its checksum. Exit code 1 where one is broken."""
+    from ecdit.analyze.checkpoints import verify_all
+
+    broken = False
+    for name, problems in verify_all(Run(run), step):
+        broken = broken or bool(problems)
+        print(f"{name}: {'; '.join(problems) or 'verified'}", flush=True)
+    raise typer.Exit(int(broken))
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    to: Annotated[str, typer.Option(help="Form: safetensors, whole tensors in one file.")] = "safetensors",
+    weights: Annotated[str, typer.Option(help="ema (the averaged weights) or weights (the trained ones).")] = "ema",
+    out: Annotated[Path | None, typer.Option(help="File; RUN/WEIGHTS.safetensors if not given.")] = None,
+) -> None:
+    """Write the weights of a run's newest checkpoint for use elsewhere."""
+    from ecdit.analyze.checkpoints import write_safetensors
+
+    if to != "safetensors":
+        raise UserError(f"--to: {to!r} is not known; valid: safetensors")
+    if weights not in ("ema", "weights"):
+        raise UserError(f"--weights: {weights!r} is not known; valid: ema, weights")
+    file = out or run / f"{weights}.safetensors"
+    step = write_safetensors(Run(run), weights, file)
+    console.print(f"{weights} of step {step} in {file}", markup=False)
+
+
 @app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="Which benchmark: moe.")],

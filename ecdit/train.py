@@ -82,7 +82,14 @@ class Trainer:
         self._complained: set[Callback] = set()
 
     def fit(self) -> int:
-        """Trains to the last step or until told to stop. Returns the exit code."""
+        """Trains to the last step or until told to stop. Returns the exit code.
+
+        Raises UserError where another run is in the folder, or what is in it does not fit the recipe.
+        """
+        with _alone(self.run, self.topology):
+            return self._fit()
+
+    def _fit(self) -> int:
         self._resume()
         if self.topology.first:
             self.run.write_recipe(self.recipe)
@@ -300,7 +307,7 @@ def train(recipe: Recipe, runs: Path, callbacks: list[Callback]) -> int:
     run = Run(runs / recipe.run)
     try:
         place = start_topology(recipe)
-        with together(place, run.log_file(place.rank), _explain), _alone(run, place):
+        with together(place, run.log_file(place.rank), _explain):
             return Trainer(recipe, run, callbacks, place).fit()
     finally:
         topology.stop()

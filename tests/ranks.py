@@ -13,21 +13,34 @@ import torch.multiprocessing as mp
 
 def run_on_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
     """Calls function(*args) on `world` ranks and returns what each returned. An error on one is raised here."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["ecdit.train"])  # imports torch and megatron-core once, not once a rank
     queue = context.SimpleQueue()
-    processes = [
-        context.Process(target=_rank, args=(function, rank, world, port, args, queue)) for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
+    processes = start_ranks(function, world, free_port(), queue, args)
     answers = dict(_next(queue) for _ in processes)
     for process in processes:
         process.join(60)
     return [answers[rank] for rank in range(world)]
+
+
+def start_ranks(function: Callable[..., Any], world: int, port: int, queue: Any, args: tuple) -> list[mp.Process]:
+    """Processes that call the function and put what it returned into the queue."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["ecdit.train"])  # imports torch and megatron-core once, not once a rank
+    variables = {name: value for name, value in os.environ.items() if name.startswith("ECDIT_")}
+    processes = [
+        context.Process(target=_rank, args=(function, rank, world, port, variables, args, queue))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _next(queue: Any) -> tuple[int, Any]:
@@ -37,8 +50,10 @@ def _next(queue: Any) -> tuple[int, Any]:
     return rank, pickle.loads(answer)
 
 
-def _rank(function: Callable[..., Any], rank: int, world: int, port: int, args: tuple, queue: Any) -> None:
-    os.environ |= {
+def _rank(
+    function: Callable[..., Any], rank: int, world: int, port: int, variables: dict, args: tuple, queue: Any
+) -> None:
+    os.environ |= variables | {
         "RANK": str(rank),
         "WORLD_SIZE": str(world),
         "LOCAL_RANK": str(rank),
