@@ -4,10 +4,10 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks import moe
+from benchmarks import checkpoint, moe
 from benchmarks.harness import Row, machine
 
-BENCHMARKS = {"moe": moe.rows}
+BENCHMARKS = {"moe": moe.rows, "checkpoint": checkpoint.rows}
 
 
 def report(name: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import moe
+from benchmarks import checkpoint, moe
 from ecdit.cli import app
 
 
@@ -27,8 +27,17 @@ def test_the_report_has_its_promised_form(tmp_path, monkeypatch):
     assert "EC-DiT layer, E 64" in done.stdout
 
 
+def test_the_checkpoint_benchmark_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "MODELS", {"quickstart": checkpoint.MODELS["quickstart"]})
+    monkeypatch.setattr(checkpoint, "ROUNDS", 1)
+    found = {row.name: row.milliseconds for row in checkpoint.rows()}
+    assert len(found) == 5 and all(milliseconds >= 0 for milliseconds in found.values())
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unknown_benchmark_is_refused():
-    assert "'mo' is no benchmark; valid: moe" in str(run("mo").exception)
+    assert "'mo' is no benchmark; valid: moe, checkpoint" in str(run("mo").exception)
 
 
 @pytest.mark.slow

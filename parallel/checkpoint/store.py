@@ -106,9 +106,14 @@ class CheckpointStore:
         self._thread = threading.Thread(target=run, name=f"save step {step}")
         self._thread.start()
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a save is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
     def ended(self) -> Saved | None:
         """How the last save ended, once, when it has."""
-        if self._thread is not None and self._thread.is_alive():
+        if self.under_way:
             return None
         self._thread = None
         ended, self._ended = self._ended, None
