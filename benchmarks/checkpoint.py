@@ -23,23 +23,23 @@ from parallel import topology
 from parallel.checkpoint.folder import Keep
 from parallel.checkpoint.store import CheckpointStore
 
-PLAIN_STEPS, ROUNDS = 3, 3
+PLAIN_STEPS = 3
 QUICKSTART = {
     "layers": 4, "width": 128, "heads": 4, "kv_heads": 4, "experts": 8, "group_tokens": 256, "patch": 4,
     "channels": 3, "text_width": 64, "text_tokens": 16,
 }  # fmt: skip
 BILLION = {"layers": 24, "width": 1152, "heads": 18, "kv_heads": 6, "experts": 4, "channels": 3}
-MODELS = {"quickstart": (QUICKSTART, 16), "1B": (BILLION, 8)}  # shape, images of a step
+MODELS = {"quickstart": (QUICKSTART, 16, 3), "1B": (BILLION, 4, 1)}  # shape, images of a step, rounds
 BYTES_A_WEIGHT = 4 + 4 + 16 + 16  # weight, gradient, master and states and average, and their copy
 
 
 def rows() -> list[Row]:
     """Of each model that fits into this machine's memory; the others are named on standard error."""
     found = []
-    for name, (model, images) in MODELS.items():
+    for name, (model, images, rounds) in MODELS.items():
         recipe = _recipe(model, images)
         try:
-            found += _measure(name, recipe)
+            found += _measure(name, recipe, rounds)
         except MemoryError as error:
             print(f"{name}: {error}", file=sys.stderr)
     return found
@@ -56,7 +56,7 @@ def _recipe(model: dict, images: int) -> Recipe:
     return parse_recipe(values, "the benchmark")
 
 
-def _measure(name: str, recipe: Recipe) -> list[Row]:
+def _measure(name: str, recipe: Recipe, rounds: int) -> list[Row]:
     from ecdit.model.count import count_parameters
 
     count = count_parameters(name, recipe.model)
@@ -78,17 +78,17 @@ def _measure(name: str, recipe: Recipe) -> list[Row]:
 
     with tempfile.TemporaryDirectory(prefix="bench-", dir=".") as folder:
         store = CheckpointStore(Path(folder), place, Keep(1), asynchronous=True, timeout_minutes=10)
-        found = _times(name, step, store, engine)
+        found = _times(name, step, store, engine, rounds)
     topology.stop()
     return found
 
 
-def _times(name: str, step: Callable[[], None], store: CheckpointStore, engine) -> list[Row]:
+def _times(name: str, step: Callable[[], None], store: CheckpointStore, engine, rounds: int) -> list[Row]:
     step()
     plain, saving, writing, whole = [], [], [], []
     store.save(0, engine.state(), {})  # the first one makes the buffers
     store.wait()
-    for number in range(1, ROUNDS + 1):
+    for number in range(1, rounds + 1):
         plain += [_seconds(step) for _ in range(PLAIN_STEPS)]
         began = time.perf_counter()
         saving.append(_seconds(lambda number=number: (step(), store.save(number, engine.state(), {}))))

@@ -29,8 +29,7 @@ def test_the_report_has_its_promised_form(tmp_path, monkeypatch):
 
 def test_the_checkpoint_benchmark_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(checkpoint, "MODELS", {"quickstart": checkpoint.MODELS["quickstart"]})
-    monkeypatch.setattr(checkpoint, "ROUNDS", 1)
+    monkeypatch.setattr(checkpoint, "MODELS", {"quickstart": (checkpoint.QUICKSTART, 16, 1)})
     found = {row.name: row.milliseconds for row in checkpoint.rows()}
     assert len(found) == 5 and all(milliseconds >= 0 for milliseconds in found.values())
     assert not list(tmp_path.iterdir())
