@@ -16,19 +16,16 @@ from rich.console import Console
 from ecdit.errors import UserError
 from ecdit.recipe_io import load_recipe
 from ecdit.run import Run
+from ecdit.terminal import Json, Overrides, RecipeFile, RunFolder, RunsFolder, console
+from launcher import commands as cluster_commands
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__.splitlines()[0], rich_markup_mode=None)
-console = Console(stderr=True, highlight=False, soft_wrap=True)
-
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/quickstart.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys to change.")] = None,
-    runs: Annotated[Path, typer.Option(help="Folder that holds the run folders.")] = Path("runs"),
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    runs: RunsFolder = Path("runs"),
 ) -> None:
     """Train a recipe in runs/NAME; the same command resumes. Ctrl-C saves and exits with 75."""
     loaded = load_recipe(recipe, overrides or ())
@@ -201,6 +198,9 @@ def bench(
     Console().print(as_table(result))
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+cluster_commands.register(app)
 
 
 def main() -> None:

@@ -299,6 +299,57 @@ class SampleRecipe(Section):
     shift: PositiveFloat = Field(1.0, description="Shift of the time grid towards noise (SD3's map).")
 
 
+class HangRecipe(Section):
+    """When a step counts as hung: all ranks' stacks are written, and the job ends to be started again."""
+
+    times_median: PositiveFloat = Field(20.0, description="So many times the median of the steps before.")
+    seconds: PositiveFloat = Field(600.0, description="But no sooner than this; the first step gets twice as long.")
+
+
+class ClusterRecipe(Section):
+    """The job on SLURM, from which `recipes/*.slurm` are rendered."""
+
+    nodes: PositiveInt = Field(1, description="Nodes of the job.")
+    min_nodes: PositiveInt | None = Field(
+        None, description="The fewest that it may go on with when nodes are lost; null: as many as nodes."
+    )
+    gpus_per_node: Annotated[int, Field(ge=0)] = Field(8, description="GPUs of a node, a task each; 0: CPU alone.")
+    tasks_per_node: PositiveInt | None = Field(None, description="Tasks of a node; null: one a GPU.")
+    cpus_per_task: PositiveInt = Field(8, description="Cores of a task.")
+    gpu: str = Field("h100", description="What `ecdit plan` plans for: a100, h100, h200, b200, or a YAML file.")
+    time: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")] = Field(
+        "1-00:00:00", description="Time limit of one attempt; the job requeues itself until the run is done."
+    )
+    partition: str | None = Field(None, description="SLURM partition; null: the cluster's default.")
+    account: str | None = Field(None, description="Account that is charged; null: the user's default.")
+    options: list[str] = Field([], description="Further options of sbatch, such as --qos=high.")
+    setup: list[str] = Field(
+        [". .venv/bin/activate"], description="Shell lines before the job's commands, such as those that load modules."
+    )
+    container: str | None = Field(None, description="Image that tasks run in (pyxis); null: none.")
+    environment: dict[str, str] = Field({}, description="Further environment variables of the tasks.")
+    signal_seconds: PositiveInt = Field(
+        300, description="How long before the time limit the job saves a checkpoint and requeues itself."
+    )
+    crashes: PositiveInt = Field(3, description="Crashes in a row without a new checkpoint that end the run.")
+    back_off_seconds: Annotated[int, Field(ge=0)] = Field(
+        30, description="Wait before the restart after a crash, twice as long after each further one."
+    )
+    preflight: bool = Field(True, description="Check every node before the first step, and leave out bad ones.")
+    hang: HangRecipe = Field(HangRecipe(), description="When a step counts as hung.")
+
+    @property
+    def tasks(self) -> int:
+        """Of a node."""
+        return self.tasks_per_node or max(1, self.gpus_per_node)
+
+    @model_validator(mode="after")
+    def _nodes_suffice(self):
+        if self.min_nodes is not None and self.min_nodes > self.nodes:
+            raise ValueError(f"@min_nodes: {self.min_nodes} is over nodes: {self.nodes}")
+        return self
+
+
 class Recipe(Section):
     """A run, whole."""
 
@@ -315,6 +366,7 @@ class Recipe(Section):
     checkpoint: CheckpointRecipe = Field(CheckpointRecipe(), description="Checkpoints.")
     log: LogRecipe = Field(LogRecipe(), description="Logging.")
     sample: SampleRecipe = Field(SampleRecipe(), description="Sampling.")
+    cluster: ClusterRecipe = Field(ClusterRecipe(), description="The job on SLURM.")
 
     @model_validator(mode="after")
     def _batchdivides(self):

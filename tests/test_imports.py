@@ -26,7 +26,8 @@ def imported(path):
 
 @pytest.mark.parametrize("package", FORBIDDEN)
 def test_imports_point_one_way(package):
-    files = sorted((ROOT / package).rglob("*.py"))
+    # the command itself stands above all three
+    files = sorted(path for path in (ROOT / package).rglob("*.py") if path != ROOT / "ecdit/cli.py")
     assert files
     for path in files:
         for name in imported(path):
@@ -34,7 +35,7 @@ def test_imports_point_one_way(package):
 
 
 def test_megatron_training_is_never_imported():
-    for path in [path for package in ("ecdit", "parallel", "benchmarks") for path in (ROOT / package).rglob("*.py")]:
+    for path in [path for package in ("ecdit", "parallel", "launcher", "benchmarks") for path in (ROOT / package).rglob("*.py")]:
         assert not any(name.startswith("megatron.training") for name in imported(path)), path
 
 

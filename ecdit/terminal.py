@@ -1,0 +1,15 @@
+"""What the commands share: the terminal that they talk to, and arguments that mean the same in all of them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as recipes/quickstart.yaml.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys to change.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/quickstart.")]
+RunsFolder = Annotated[Path, typer.Option("--runs", help="Folder that holds the run folders.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]

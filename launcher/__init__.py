@@ -1,0 +1,1 @@
+"""How a run gets onto a cluster: SLURM jobs, their supervision, the planner, scaling studies, what a machine lacks."""
