@@ -21,6 +21,7 @@ from launcher import commands as cluster_commands
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__.splitlines()[0], rich_markup_mode=None)
 
+
 @app.command()
 def train(
     recipe: RecipeFile,

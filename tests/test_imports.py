@@ -35,7 +35,9 @@ def test_imports_point_one_way(package):
 
 
 def test_megatron_training_is_never_imported():
-    for path in [path for package in ("ecdit", "parallel", "launcher", "benchmarks") for path in (ROOT / package).rglob("*.py")]:
+    for path in [
+        path for package in ("ecdit", "parallel", "launcher", "benchmarks") for path in (ROOT / package).rglob("*.py")
+    ]:
         assert not any(name.startswith("megatron.training") for name in imported(path)), path
 
 
