@@ -16,8 +16,10 @@ from rich.console import Console
 from ecdit.errors import UserError
 from ecdit.recipe_io import load_recipe
 from ecdit.run import Run
+from ecdit.stop import StopRequest
 from ecdit.terminal import Json, Overrides, RecipeFile, RunFolder, RunsFolder, console
 from launcher import commands as cluster_commands
+from parallel.job import JobError, adopt_slurm, under_srun
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__.splitlines()[0], rich_markup_mode=None)
 
@@ -29,10 +31,13 @@ def train(
     runs: RunsFolder = Path("runs"),
 ) -> None:
     """Train a recipe in runs/NAME; the same command resumes. Ctrl-C saves and exits with 75."""
+    stop = StopRequest().listen()
+    _join_job()
     loaded = load_recipe(recipe, overrides or ())
     from ecdit.callbacks.grid import PictureGrid
     from ecdit.callbacks.metrics import JsonLines, TensorBoard, Wandb
     from ecdit.callbacks.progress import ProgressBar
+    from ecdit.train import DONE, STOPPED
     from ecdit.train import train as run_training
 
     callbacks = [ProgressBar(), JsonLines(), PictureGrid()]
@@ -40,7 +45,16 @@ def train(
         callbacks.append(TensorBoard())
     if loaded.log.wandb is not None:
         callbacks.append(Wandb(loaded.log.wandb))
-    raise typer.Exit(run_training(loaded, runs, callbacks))
+    code = run_training(loaded, runs, callbacks, stop)
+    # srun ends the other tasks when one exits with a code, and passes on none: there status.json says the rest
+    raise typer.Exit(DONE if code == STOPPED and under_srun() else code)
+
+
+def _join_job() -> None:
+    try:
+        adopt_slurm()
+    except JobError as error:
+        raise UserError(str(error)) from None
 
 
 @app.command()
@@ -210,7 +224,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the ranks of a machine read the same files
+        if os.environ.get("RANK", "0") == "0":  # all ranks read the same files
             console.print(f"ecdit: {error}", markup=False)
         sys.exit(2)
     except OSError as error:

@@ -316,6 +316,7 @@ class ClusterRecipe(Section):
     gpus_per_node: Annotated[int, Field(ge=0)] = Field(8, description="GPUs of a node, a task each; 0: CPU alone.")
     tasks_per_node: PositiveInt | None = Field(None, description="Tasks of a node; null: one a GPU.")
     cpus_per_task: PositiveInt = Field(8, description="Cores of a task.")
+    exclusive: bool = Field(True, description="Whole nodes, with all of their memory.")
     gpu: str = Field("h100", description="What `ecdit plan` plans for: a100, h100, h200, b200, or a YAML file.")
     time: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")] = Field(
         "1-00:00:00", description="Time limit of one attempt; the job requeues itself until the run is done."

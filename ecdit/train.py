@@ -1,6 +1,6 @@
 """The training loop: one order of samples, one loop for every layout, a checkpoint whenever it has to stop."""
 
-import signal
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +26,16 @@ from ecdit.recipe_io import dump_recipe
 from ecdit.run import Run, check_same_model
 from ecdit.schedule import learning_rate
 from ecdit.statistics import RoutingStatistics
+from ecdit.status import (
+    NOT_FINITE,
+    SECONDS_BETWEEN_UPDATES,
+    SUPERVISED,
+    RunLocked,
+    fail,
+    record_failure,
+    update_status,
+)
+from ecdit.stop import StopRequest
 from parallel import topology
 from parallel.checkpoint import CheckpointError
 from parallel.checkpoint.folder import Keep, committed
@@ -33,6 +43,7 @@ from parallel.checkpoint.lock import FolderLock
 from parallel.checkpoint.store import CheckpointStore
 from parallel.failure import together
 from parallel.topology import Topology
+from parallel.watchdog import Watchdog
 
 # exit codes: done, a run that cannot go on, bad input, stopped with a checkpoint
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
@@ -52,8 +63,18 @@ class Progress:
 class Trainer:
     """Everything that a training run holds, and its loop."""
 
-    def __init__(self, recipe: Recipe, run: Run, callbacks: list[Callback], place: Topology):
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: Run,
+        callbacks: list[Callback],
+        place: Topology,
+        stop: StopRequest,
+        end_all: Callable[[str], None],
+    ):
+        """`end_all`: ends the processes of all ranks with a message."""
         self.recipe, self.run, self.callbacks, self.topology = recipe, run, callbacks, place
+        self._stop, self._end_all = stop, end_all
         device = place.device
         check_job(recipe, place)
         self.stream = open_stream(recipe, self.topology.data_rank, self.topology.data_ranks)
@@ -78,8 +99,9 @@ class Trainer:
         )
         self.progress = Progress()
         self.peak = peak_flops(device, DTYPES[recipe.train.precision]) * self.topology.ranks
-        self._stop = False
+        self.owns_folder = False
         self._complained: set[Callback] = set()
+        self._status_told = float("-inf")
 
     def fit(self) -> int:
         """Trains to the last step or until told to stop. Returns the exit code.
@@ -91,24 +113,41 @@ class Trainer:
 
     def _fit(self) -> int:
         self._resume()
+        self.owns_folder = True  # the first rank has the lock, for it took part in that
         if self.topology.first:
             self.run.write_recipe(self.recipe)
-        with self._signals():
-            self._notify(lambda callback: callback.on_start(self))
-            try:
-                return self._loop()
-            finally:
-                self._notify(lambda callback: callback.on_end(self))
+        self._stop.tell = self._tell
+        hang = self.recipe.cluster.hang
+        self._watchdog = Watchdog(
+            self.run.log_file(self.topology.rank),
+            times_median=hang.times_median,
+            seconds=hang.seconds,
+            on_hang=self._end_all,
+        )
+        self._notify(lambda callback: callback.on_start(self))
+        try:
+            code = self._loop()
+        finally:
+            self._watchdog.close()
+            self._notify(lambda callback: callback.on_end(self))
+        if code == DONE:
+            self._status(state="finished", why="", step=self.progress.step)
+        return code
 
     def _loop(self) -> int:
+        self._status(state="running", why="", kind="", step=self.progress.step, ranks=self.topology.ranks)
         batches = self.stream.batches(self.progress.step)
         while self.progress.step < self.recipe.train.steps:
-            self._report(self._step(next(batches)))
+            with self._watchdog.step():
+                record, stop = self._step(next(batches)), self.topology.agree(self._stop.signal is not None)
+            self._report(record)
             self._tell_of_save()
             if self.progress.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
                 return self._give_up()
-            if self.topology.agree(self._stop):
+            if stop:
                 self._save_and_wait()
+                why = self._stop.signal or "another rank was told to stop"
+                self._status(state="requeue", why=why, step=self.progress.step)
                 return STOPPED
             if self.progress.step == self.recipe.train.steps:
                 self._save_and_wait()
@@ -187,6 +226,8 @@ class Trainer:
         self.store.wait()
         good = committed(self.run.checkpoints)
         newest = f"The newest checkpoint is {good[-1]}." if good else "There is no checkpoint before it."
+        if self.topology.first:
+            fail(self.run.folder, NOT_FINITE, "the loss or a gradient was not finite, ten steps in a row")
         self._tell(
             f"The loss or a gradient was not finite in the last {MOST_SKIPPED_IN_A_ROW} steps, the first of them step "
             f"{self.progress.step - MOST_SKIPPED_IN_A_ROW + 1}; none of them changed a weight. {newest} "
@@ -245,6 +286,9 @@ class Trainer:
 
     def _report(self, record: dict[str, Any]) -> None:
         self._notify(lambda callback: callback.on_step(self, record))
+        if time.monotonic() - self._status_told > SECONDS_BETWEEN_UPDATES:
+            self._status_told = time.monotonic()
+            self._status(step=record["step"], hang_seconds=self._watchdog.limit)
         if record["logged"] and not self.topology.first:
             self._tell(f"step {record['step']}: loss {record['loss']:.6g}, {record['seconds']:.3f} s")
 
@@ -267,21 +311,9 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_message(message)
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM stops the run at the step's edge; a second SIGINT stops it at once."""
-
-        def stop(number: int, _frame: Any) -> None:
-            self._stop = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            self._tell(f"{signal.Signals(number).name}: a checkpoint follows this step; Ctrl-C again ends at once.")
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _status(self, **changes: Any) -> None:
+        if self.topology.first:
+            update_status(self.run.folder, **changes)
 
 
 def open_stream(recipe: Recipe, data_rank: int, data_ranks: int) -> TrainStream:
@@ -299,17 +331,32 @@ def open_stream(recipe: Recipe, data_rank: int, data_ranks: int) -> TrainStream:
     )
 
 
-def train(recipe: Recipe, runs: Path, callbacks: list[Callback]) -> int:
+def train(recipe: Recipe, runs: Path, callbacks: list[Callback], stop: StopRequest | None = None) -> int:
     """Trains `recipe` in `runs/NAME`, from its newest checkpoint if it has one. Returns the exit code.
 
-    Raises UserError for bad input, before the first step.
+    The first signal to stop (`StopRequest`) is obeyed at a step's edge. Raises UserError for bad input, before the
+    first step.
     """
     run = Run(runs / recipe.run)
+    stop = (stop or StopRequest()).listen()
+    trainer: Trainer | None = None
+
+    def report(rank: int, error: BaseException) -> None:
+        # a command that was refused because another run is in the folder does not write into that one's status
+        if SUPERVISED in os.environ or (trainer is not None and trainer.owns_folder):
+            record_failure(run.folder, rank, error)
+
     try:
-        place = start_topology(recipe)
-        with together(place, run.log_file(place.rank), _explain):
-            return Trainer(recipe, run, callbacks, place).fit()
+        try:
+            place = start_topology(recipe)
+        except UserError as error:
+            report(int(os.environ.get("RANK", 0)), error)
+            raise
+        with together(place, run.log_file(place.rank), _explain, report) as end_all:
+            trainer = Trainer(recipe, run, callbacks, place, stop, end_all)
+            return trainer.fit()
     finally:
+        stop.close()
         topology.stop()
 
 
@@ -322,7 +369,7 @@ def _alone(run: Run, place: Topology) -> Iterator[None]:
     try:
         lock = FolderLock(run.folder / "lock")
     except CheckpointError as error:
-        raise UserError(str(error)) from None
+        raise RunLocked(str(error)) from None
     try:
         yield
     finally:

@@ -1,7 +1,70 @@
 """The commands of the launcher. Each imports what it runs, so that the others start quickly."""
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
+
+from ecdit.errors import UserError
+from ecdit.recipe_io import load_recipe
+from ecdit.terminal import Overrides, RecipeFile, RunsFolder, console
 
 
 def register(app: typer.Typer) -> None:
     """Adds them to the `ecdit` command."""
+    app.command()(launch)
+    app.command()(supervise)
+    app.command(hidden=True)(preflight)
+
+
+def launch(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes; the recipe's cluster.nodes if not given.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch file and submit nothing.")] = False,
+    render: Annotated[bool, typer.Option("--render", help="Write the batch file beside the recipe instead.")] = False,
+    runs: RunsFolder = Path("runs"),
+) -> None:
+    """Submit a run's job to SLURM; the same command goes on with it, on more or fewer nodes if asked to."""
+    from launcher import slurm
+    from launcher.launch import batch_file, for_nodes
+    from launcher.launch import launch as submit
+
+    given = list(overrides or ())
+    if render:
+        file = recipe.with_suffix(".slurm")
+        loaded, given = for_nodes(recipe, given, nodes)
+        file.write_text(slurm.render(loaded, str(recipe), tuple(given)), encoding="utf-8")
+        console.print(f"{file}; submit it with: sbatch {file}", markup=False)
+    elif dry_run:
+        loaded, given = for_nodes(recipe, given, nodes)
+        print(batch_file(recipe, loaded, given, runs), end="")
+    else:
+        number = submit(recipe, given, nodes, runs)
+        run = runs / load_recipe(recipe, given).run
+        console.print(
+            f"Job {number}. Where it stands: {run / 'status.json'}; what it says: {run / 'logs'}", markup=False
+        )
+
+
+def supervise(
+    recipe: RecipeFile,
+    words: Annotated[list[str], typer.Argument(metavar="[KEY=VALUE]... -- COMMAND...", help="Keys, then the command.")],
+    runs: RunsFolder = Path("runs"),
+) -> None:
+    """Run a training command until the run is done: what the batch files do. Starts it again after a crash."""
+    from launcher.supervise import Supervisor
+
+    first = next((i for i, word in enumerate(words) if "=" not in word), len(words))
+    overrides, command = words[:first], words[first:]
+    if not command:
+        raise UserError("supervise: no command is given; it follows --, such as -- torchrun -m ecdit.cli train")
+    loaded = load_recipe(recipe, overrides)
+    raise typer.Exit(Supervisor(loaded, [str(recipe), *overrides], command, runs).supervise())
+
+
+def preflight(recipe: RecipeFile, overrides: Overrides = None, runs: RunsFolder = Path("runs")) -> None:
+    """Look at this node before a job's first step; the supervisor starts it on every node."""
+    from launcher.preflight import check, report
+
+    print(report(check(load_recipe(recipe, overrides or ()), runs)), flush=True)

@@ -16,37 +16,58 @@ from typing import NoReturn, TextIO
 
 import torch.distributed as dist
 
+from parallel.errors import Ended
 from parallel.topology import Topology
 
 SECONDS_BETWEEN_LOOKS = 1.0
 KEY = "failure"
 
 Explain = Callable[[BaseException], tuple[str, int] | None]
+Report = Callable[[int, BaseException], None]
 
 
 @contextmanager
-def together(topology: Topology, log_file: Path, explain: Explain) -> Iterator[None]:
+def together(
+    topology: Topology, log_file: Path, explain: Explain, report: Report
+) -> Iterator[Callable[[str], NoReturn]]:
     """Within it, an exception on one rank ends the processes of all; nothing is raised.
 
     The first rank has the terminal; the output of each other rank goes to its own `log_file`. The first to fail writes
-    its message to the terminal too. `explain`: message and exit code of errors that need no traceback; None for
-    others, which are crashes: exit code 1. A job of one rank is left alone.
+    its message to the terminal too, and calls `report` with its rank and the error. `explain`: message and exit code
+    of errors that need no traceback; None for others, which are crashes: exit code 1. A job of one rank is left alone:
+    there, after the report, the exception goes on.
+
+    Yields what any thread may call to end all processes with a message.
     """
     if topology.ranks == 1:
-        yield
+        try:
+            yield lambda message: _end_alone(message, report)
+        except BaseException as error:
+            report(0, error)
+            raise
         return
     terminal = sys.stderr if topology.first else _redirect(log_file)
     if not topology.first:
         print(topology, flush=True)
     done = threading.Event()
     threading.Thread(target=_look, args=(topology.store.clone(), done), daemon=True).start()
-    try:
-        yield
-    except BaseException as error:
+
+    def end(error: BaseException, message: str, code: int) -> NoReturn:
         done.set()
-        _fail(topology, terminal, *(explain(error) or (traceback.format_exc(), 1)))
+        _fail(topology, terminal, message, code, lambda: report(topology.rank, error))
+
+    try:
+        yield lambda message: end(Ended(message), message, 1)
+    except BaseException as error:
+        end(error, *(explain(error) or (traceback.format_exc(), 1)))
     finally:
         done.set()
+
+
+def _end_alone(message: str, report: Report) -> NoReturn:
+    report(0, Ended(message))
+    print(f"ecdit: {message}", file=sys.stderr)
+    _leave("1")
 
 
 def _redirect(path: Path) -> TextIO:
@@ -61,11 +82,12 @@ def _redirect(path: Path) -> TextIO:
     return terminal
 
 
-def _fail(topology: Topology, terminal: TextIO, message: str, code: int) -> NoReturn:
+def _fail(topology: Topology, terminal: TextIO, message: str, code: int, report: Callable[[], None]) -> NoReturn:
     own = f"{code} rank {topology.rank}: {message}"
     # in the store before this process goes, so that no rank takes the broken connection for the cause
     first = topology.store.compare_set(KEY, "", own).decode()
     if first == own:
+        report()
         print(f"ecdit: rank {topology.rank}: {message}", file=terminal, flush=True)
     if not topology.first:  # its own log
         print(message if first == own else f"{message}\nends because of: {first}")

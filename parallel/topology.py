@@ -28,6 +28,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from parallel import cpu
+from parallel.watchdog import record_collectives
 
 _job: dict[str, dist.Store] = {}  # torch keeps the groups of a process, but not its store
 
@@ -134,7 +135,7 @@ class Topology:
 
 
 def start(layout: Layout, timeout_minutes: float) -> Topology:
-    """Joins the job that torchrun or the like has set up (RANK, WORLD_SIZE, ...), or makes one of a single rank.
+    """Joins the job that torchrun, srun or the like has set up (see `parallel.job`), or makes one of a single rank.
 
     NCCL where CUDA is present, gloo otherwise. All groups get the one time-out. Done once in a process.
     Raises LayoutError where the ranks do not divide.
@@ -142,7 +143,9 @@ def start(layout: Layout, timeout_minutes: float) -> Topology:
     layout.check(int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1)
     cuda = torch.cuda.is_available()
     cpu.prepare()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    record_collectives()
+    # a scheduler may show each rank its own GPU alone
+    device = _gpu(int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -170,6 +173,10 @@ def start(layout: Layout, timeout_minutes: float) -> Topology:
             get_embedding_ranks=lambda ranks, *_: ranks[:1],
         )
     return Topology(ProcessGroupCollection.use_mpu_process_groups(), device, layout, _job["store"])
+
+
+def _gpu(local_rank: int) -> torch.device:
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
 def stop() -> None:

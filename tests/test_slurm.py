@@ -1,0 +1,113 @@
+"""Runs on a real SLURM: they finish, are stopped and requeued, lose a node, crash, and change their size.
+
+What is tested is what a user types. Where no SLURM can be started, all of it is skipped with the reason.
+"""
+
+import pytest
+
+from ecdit.callbacks.metrics import read_metrics
+from tests.slurm_lab import Lab, why_not
+from tests.test_train import TINY
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+NODES = 4
+SMALL = [*TINY, "train.batch=16", "log.samples=true", "log.grid_every=0"]
+SLOW = [*SMALL, "train.steps=150", "train.batch=64", "checkpoint.every=10"]  # long enough to be caught in the middle
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    lab = Lab(tmp_path_factory.mktemp("slurm"), NODES)
+    lab("ecdit", "prepare", "shapes", "data/shapes", "--count", "100")
+    yield lab
+    lab.stop()
+
+
+def records(lab, run):
+    return read_metrics(lab.folder / "runs" / run / "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(lab):
+    """The curve of the slow run, trained by one process."""
+    lab("ecdit", "train", "recipes/quickstart.yaml", "run=undisturbed", *SLOW)
+    return records(lab, "undisturbed")
+
+
+def same_curve(found, expected):
+    assert [record["step"] for record in found] == list(range(1, len(expected) + 1))
+    for one, other in zip(found, expected, strict=True):
+        assert one["sample_ids"] == other["sample_ids"]
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3), one["step"]  # other numbers of ranks
+
+
+@pytest.mark.parametrize("nodes", [2, 4])
+def test_sbatch_trains_over_all_tasks_and_finishes(lab, nodes):
+    run = f"plain-{nodes}"
+    lab("sbatch", f"--nodes={nodes}", "recipes/quickstart.slurm", f"run={run}", *SMALL)
+    status = lab.end(run)
+    assert status["state"] == "finished", lab.log(run)
+    assert (status["ranks"], status["step"]) == (nodes, 8)
+    assert [record["step"] for record in records(lab, run)] == list(range(1, 9))
+    logs = lab.folder / "runs" / run / "logs"
+    assert sorted(path.name for path in logs.glob("rank-*.log")) == [f"rank-{rank}.log" for rank in range(1, nodes)]
+
+
+def test_a_signal_ahead_of_the_limit_then_a_node_lost_and_the_curve_is_that_of_an_undisturbed_run(lab, undisturbed):
+    lab("ecdit", "launch", "recipes/quickstart.yaml", "--nodes", "2", "run=moved", "cluster.preflight=false", *SLOW)
+    job = lab.wait("moved", lambda status: status.get("step", 0) > 10)["job"]
+    lab("scancel", "--signal=USR1", "--batch", job)  # what SLURM sends `cluster.signal_seconds` before the limit
+    status = lab.wait("moved", lambda status: status["state"] == "requeued")
+    assert (status["why"], status["crashes"]) == ("SIGUSR1", []), lab.log("moved")
+    kept = status["step"]
+    lab.wait("moved", lambda status: status["state"] == "running" and status["step"] > kept + 20)
+    try:
+        lab.lose("node2")
+        status = lab.end("moved")
+    finally:
+        lab.boot("node2")
+    assert status["state"] == "finished", lab.log("moved")
+    assert f"Resumed from runs/moved/checkpoints/step-{kept} " in lab.log("moved")
+    same_curve(records(lab, "moved"), undisturbed)
+
+
+def test_a_crash_loop_stops_with_the_reason(lab):
+    broken = ["cluster.crashes=2", "cluster.back_off_seconds=0", "cluster.preflight=false"]
+    wrong = "cluster.environment={GLOO_SOCKET_IFNAME: nowhere}"
+    lab("ecdit", "launch", "recipes/quickstart.yaml", "run=loop", wrong, *broken, *SMALL)
+    status = lab.end("loop")
+    assert (status["state"], status["kind"]) == ("failed", "crash"), lab.log("loop")
+    assert status["why"].startswith("2 crashes without a new checkpoint (cluster.crashes: 2)")
+    assert "nowhere" in status["why"]
+
+
+def test_a_run_goes_on_with_fewer_nodes(lab):
+    keys = ["run=fewer", "cluster.preflight=false", *SMALL]
+    lab("ecdit", "launch", "recipes/quickstart.yaml", "--nodes", "2", *keys, "train.steps=5")
+    assert lab.end("fewer")["ranks"] == 2
+    lab("ecdit", "launch", "recipes/quickstart.yaml", "--nodes", "1", *keys, "train.steps=8")
+    status = lab.end("fewer")
+    assert (status["state"], status["ranks"], status["step"]) == ("finished", 1, 8), lab.log("fewer")
+    found, whole = records(lab, "fewer"), records(lab, "plain-2")
+    assert [record["sample_ids"] for record in found] == [record["sample_ids"] for record in whole]
+
+
+def test_a_bad_node_is_named_and_left_out(lab):
+    run = lab.folder / "runs/picky"
+    run.mkdir(parents=True)
+    lab.on("node1", "mount", "-t", "tmpfs", "-o", "ro,size=1m", "none", str(run))
+    try:
+        lab("ecdit", "launch", "recipes/quickstart.yaml", "run=picky", "cluster.back_off_seconds=0", *SMALL)
+        status = lab.end("picky")
+    finally:
+        lab.on("node1", "umount", str(run))
+    assert status["state"] == "finished", lab.log("picky")
+    assert status["excluded"] == ["node1"]
+
+
+def test_a_second_job_of_a_run_is_refused(lab):
+    lab("ecdit", "launch", "recipes/quickstart.yaml", "run=twice", "cluster.options=[--hold]", *SMALL)
+    told = lab("ecdit", "launch", "recipes/quickstart.yaml", "run=twice", *SMALL, code=2)
+    job = lab.status("twice")["job"]
+    assert f"job {job} trains this run" in told
+    lab("scancel", job)
