@@ -4,10 +4,10 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks import checkpoint, moe
+from benchmarks import checkpoint, moe, plan
 from benchmarks.harness import Row, machine
 
-BENCHMARKS = {"moe": moe.rows, "checkpoint": checkpoint.rows}
+BENCHMARKS = {"moe": moe.rows, "checkpoint": checkpoint.rows, "plan": plan.rows}
 
 
 def report(name: str) -> dict[str, Any]:

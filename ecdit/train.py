@@ -349,7 +349,7 @@ def train(recipe: Recipe, runs: Path, callbacks: list[Callback], stop: StopReque
     try:
         try:
             place = start_topology(recipe)
-        except UserError as error:
+        except Exception as error:
             report(int(os.environ.get("RANK", 0)), error)
             raise
         with together(place, run.log_file(place.rank), _explain, report) as end_all:

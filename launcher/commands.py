@@ -1,18 +1,22 @@
 """The commands of the launcher. Each imports what it runs, so that the others start quickly."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from ecdit.errors import UserError
 from ecdit.recipe_io import load_recipe
-from ecdit.terminal import Overrides, RecipeFile, RunsFolder, console
+from ecdit.terminal import Json, Overrides, RecipeFile, RunsFolder, console
 
 
 def register(app: typer.Typer) -> None:
     """Adds them to the `ecdit` command."""
     app.command()(launch)
+    app.command()(plan)
     app.command()(supervise)
     app.command(hidden=True)(preflight)
 
@@ -45,6 +49,51 @@ def launch(
         console.print(
             f"Job {number}. Where it stands: {run / 'status.json'}; what it says: {run / 'logs'}", markup=False
         )
+
+
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes; the recipe's cluster.nodes if not given.")] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus-per-node", min=1, help="GPUs of a node.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="a100, h100, h200, b200, or a YAML file.")] = None,
+    search: Annotated[bool, typer.Option("--search", help="Rank all layouts that fit; takes a minute.")] = False,
+    top: Annotated[int, typer.Option(min=1, help="Layouts that --search lists.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Tell memory, traffic and time of a recipe on so many GPUs, none of which is needed. Exit 2 if it does not fit."""
+    from launcher.plan import plan as make
+    from launcher.plan import report
+    from launcher.plan.gpus import load
+    from launcher.plan.search import changes, nearest
+    from launcher.plan.search import search as find
+
+    loaded = load_recipe(recipe, overrides or ())
+    cluster = loaded.cluster
+    nodes, gpus = nodes or cluster.nodes, gpus or cluster.tasks
+    device = replace(load(gpu or cluster.gpu), gpus_per_node=gpus)
+    out = Console(width=max(Console().width, 100))
+    if search:
+        with console.status("Planning every layout"):
+            plans = find(loaded, nodes, gpus, device)
+        if not plans:
+            raise UserError(f"no layout of {loaded.run} fits on {nodes} x {gpus} {device.name}")
+        if as_json:
+            print(json.dumps([made.as_dict() for made in plans[:top]], indent=1))
+        else:
+            out.print(report.ranking(plans, top))
+        return
+    near = nearest(loaded, nodes * gpus, gpus)
+    if near is not loaded:
+        changed = " ".join(changes(loaded, near))
+        console.print(f"The recipe's layout does not divide over {nodes * gpus} ranks; planned with {changed}.")
+    made = make(near, nodes, gpus, device)
+    if as_json:
+        print(json.dumps(made.as_dict(), indent=1))
+    else:
+        out.print(report.as_tables(made), highlight=False)
+    if made.margin < 0:
+        raise report.refuse(made, loaded, device)
 
 
 def supervise(

@@ -39,6 +39,7 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 LAST_WORDS = 4000  # bytes of the command's output in which the cause of its end is looked for
 MEMORY_WORDS = ("oom-kill", "oom_kill", "out of memory", "out-of-memory")
 NODE_WORD = "node failure"  # srun's
+SLURM_WORDS = ("srun:", "slurmstepd")
 LONGEST_BACK_OFF = 1800
 STUCK_TIMES, STUCK_SECONDS = 3, 600  # the ranks' own watch failed too: so many times its limit, and so long
 
@@ -88,7 +89,8 @@ def _cause(status: dict[str, Any], code: int, words: str) -> tuple[str, str]:
         return (OUT_OF_MEMORY if kind == CRASH and killed_for_memory else kind), why
     if code == 2:
         return BAD_INPUT, words.strip().splitlines()[-1] if words.strip() else "exit code 2"
-    last = next((line for line in reversed(words.splitlines()) if line.strip()), "")
+    own = [line for line in words.splitlines() if line.strip() and not line.startswith(SLURM_WORDS)]
+    last = own[-1] if own else ""
     return OUT_OF_MEMORY if killed_for_memory else CRASH, f"exit code {code}" + (f": {last.strip()}" if last else "")
 
 
@@ -194,7 +196,8 @@ class Supervisor:
             return [], 1
         there = len(self.job.nodes)
         gpu = load_gpu(self.cluster.gpu) if self.cluster.gpus_per_node else None
-        for nodes in range(there, (self.cluster.min_nodes or self.cluster.nodes) - 1, -1):
+        fewest = min(there, self.cluster.min_nodes or self.cluster.nodes)
+        for nodes in range(there, fewest - 1, -1):
             try:
                 return best_layout(self.recipe, nodes, self.cluster.tasks, gpu), nodes
             except UserError as error:
@@ -246,10 +249,10 @@ class Supervisor:
     def _requeue(self, verdict: Verdict, exclude: list[str]) -> int:
         """Hands the run on to the job's next start."""
         now = slurm.state(self.job.number)
+        if now == "CANCELLED":
+            self._status(state="cancelled", why="the job was cancelled; the same sbatch goes on with the run")
         if now != "RUNNING":
-            if now not in slurm.UNDER_WAY:
-                self._status(state="cancelled", why=f"the job was ended ({now}); the same sbatch goes on with the run")
-            return DONE  # else SLURM has requeued it already: preempted, or a node failed
+            return DONE  # else SLURM requeues it: a node failed, or another job comes first
         try:
             slurm.requeue(self.job.number, delay_seconds=verdict.delay, exclude=exclude)
         except UserError as error:

@@ -36,7 +36,7 @@ def test_the_checkpoint_benchmark_runs(tmp_path, monkeypatch):
 
 
 def test_an_unknown_benchmark_is_refused():
-    assert "'mo' is no benchmark; valid: moe, checkpoint" in str(run("mo").exception)
+    assert "'mo' is no benchmark; valid: moe, checkpoint, plan" in str(run("mo").exception)
 
 
 @pytest.mark.slow

@@ -65,7 +65,8 @@ class RoutingPlan:
     def slots_by_token(self) -> tuple[Tensor, Tensor]:
         """The inverse map: slots sorted by their token (M,), and where each token's run begins and ends (N + 1,)."""
         slots = torch.argsort(self.token, stable=True)
-        counts = torch.bincount(self.token, minlength=self.tokens)
+        # not bincount, whose result's size a GPU's host would have to wait for
+        counts = slots.new_zeros(self.tokens).index_add_(0, self.token, torch.ones_like(self.token))
         return slots, F.pad(counts.cumsum(0), (1, 0))
 
     def experts_per_token(self) -> Tensor:

@@ -1,0 +1,117 @@
+"""The planner's step time and memory beside what is measured, on the device at hand.
+
+A row is a measured step against the planned one. What memory was planned and needed is said on standard error.
+"""
+
+import sys
+import time
+from dataclasses import replace
+from statistics import median
+
+import torch
+
+from benchmarks.harness import Row
+from ecdit.assemble import assemble_engine, start_topology
+from ecdit.diffusion.draws import draw
+from ecdit.diffusion.objective import MicroBatch, objective, to_differentiate
+from ecdit.recipe import Recipe
+from ecdit.recipe_io import parse_recipe
+from launcher.plan import plan
+from launcher.plan.gpus import GPUS, Gpu
+from parallel import topology
+
+GIB = 2**30
+STEPS = 6
+XL = {"size": "XL", "experts": 8}
+CASES = {  # model, train, masking: what Table 1's models are trained with, as far as one GPU holds them
+    "XL-8E": (XL, {"batch": 128, "micro_batch": 64}, 0.5),
+    "XL dense": ({"size": "XL", "routing": "dense"}, {"batch": 128, "micro_batch": 64}, 0.5),
+    "XL-16E": (XL | {"experts": 16}, {"batch": 64, "micro_batch": 16}, 0.5),
+    "XL-8E, recomputed, unmasked": (XL, {"batch": 64, "micro_batch": 64, "recompute": "block"}, 0.0),
+    "XXL-8E": (XL | {"size": "XXL"}, {"batch": 64, "micro_batch": 32}, 0.5),
+    "XL-8E, small micro-batches": (XL, {"batch": 32, "micro_batch": 8}, 0.5),
+}
+
+
+def rows() -> list[Row]:
+    """Of each model that the device holds; the others are named on standard error."""
+    found = []
+    gpu = here()
+    for name, (model, train, masked) in CASES.items():
+        recipe = _recipe(model, train, masked)
+        made = plan(recipe, 1, 1, gpu)
+        if made.margin < 0:
+            print(f"{name}: {made.worst.peak / GIB:.1f} GiB do not fit", file=sys.stderr)
+            continue
+        seconds, most, held = measure(recipe)
+        engine = made.worst.peak - made.worst.parts["allocator slack"] - made.worst.parts["CUDA, cuBLAS, NCCL"]
+        print(
+            f"{name}: planned {engine / GIB:.2f} GiB, needed {most / GIB:.2f} ({engine / max(most, 1):.3f}), "
+            f"the allocator held {held / GIB:.2f}; MFU planned {made.mfu:.1%}, "
+            f"measured {made.mfu * made.step_seconds / seconds:.1%}; parts "
+            + ", ".join(f"{part} {1e3 * value:.1f}" for part, value in made.seconds.items()),
+            file=sys.stderr,
+            flush=True,
+        )
+        planned = f"{name}: planned"
+        found.append(Row(planned, 1e3 * made.step_seconds))
+        found.append(Row(f"{name}: measured", 1e3 * seconds, planned, seconds / made.step_seconds))
+    return found
+
+
+def here() -> Gpu:
+    """The table's GPU that this machine has; on a CPU the smallest, whose figures then mean nothing."""
+    name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
+    gpu = next((gpu for word, gpu in GPUS.items() if word in name), GPUS["a100"])
+    return replace(gpu, gpus_per_node=1)
+
+
+def _recipe(model: dict, train: dict, masked: float) -> Recipe:
+    values = {
+        "run": "bench",
+        "model": {"channels": 3} | model,
+        "data": {"streams": [{"path": "none"}], "resolution": 32},
+        "masking": {"ratio": masked},
+        "train": train,
+    }
+    return parse_recipe(values, "the benchmark")
+
+
+def measure(recipe: Recipe) -> tuple[float, int, int]:
+    """Seconds of a step, the most bytes allocated, and held by the allocator, of its process so far."""
+    place = start_topology(recipe)
+    engine = assemble_engine(recipe, place)
+    batch = _batch(recipe, place.device)
+    count = recipe.train.batch // recipe.train.micro_batch
+
+    def loss(model, micro, hidden):
+        per_image, extra, out = objective(model, micro, recipe, hidden)
+        return to_differentiate(per_image, extra, out, len(micro.latents), recipe.train.batch)
+
+    times = []
+    for number in range(STEPS):
+        if number == 1 and place.device.type == "cuda":  # what starting took is not a step's
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        engine.accumulate([batch] * count, count, loss, (0, 0, 0))
+        engine.update(1e-4)
+        if place.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    most = held = 0
+    if place.device.type == "cuda":
+        most, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    del engine, batch
+    topology.stop()
+    if place.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return median(times[1:]), most, held
+
+
+def _batch(recipe: Recipe, device: torch.device) -> MicroBatch:
+    model, images = recipe.model, recipe.train.micro_batch
+    latents = torch.randn(images, model.channels, model.side, model.side, device=device)
+    text = torch.randn(images, model.text_tokens, model.text_width, device=device)
+    mask = torch.ones(images, model.text_tokens, dtype=torch.bool, device=device)
+    return MicroBatch(latents, text, mask, draw(recipe, 0, torch.arange(images, device=device)))

@@ -1,0 +1,87 @@
+"""What a GPU and its links can do, and which part of that training reaches."""
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import yaml
+
+from ecdit.errors import UserError
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Rates of one GPU (bytes/s and FLOP/s, one direction of a link) and the shares of them that are reached.
+
+    kernel_seconds: a kernel's least time. host_seconds: what the host needs to launch one, autograd included.
+    """
+
+    name: str
+    memory: float  # bytes
+    bf16: float  # FLOP/s, dense
+    fp32: float  # FLOP/s of fp32 products
+    hbm: float
+    nvlink: float
+    network: float
+    gpus_per_node: int = 8
+    # measured on an H200 by `ecdit bench plan`; docs/benchmarks.md
+    product_share: float = 0.72
+    hbm_share: float = 0.80
+    link_share: float = 0.80
+    kernel_seconds: float = 2.5e-6
+    host_seconds: float = 5.5e-6
+    link_latency: float = 15e-6
+    context: float = 1.2 * GB  # CUDA context, cuBLAS workspaces, NCCL's buffers
+    slack: float = 0.04  # of what is allocated: what the allocator holds on to besides
+
+
+# Datasheets of NVIDIA: dense rates, memory, NVLink of one direction; the network as in their DGX systems.
+GPUS = {
+    "a100": Gpu("a100", 80 * GB, 312e12, 19.5e12, 2.04e12, 300e9, 25e9),
+    "h100": Gpu("h100", 80 * GB, 989e12, 67e12, 3.35e12, 450e9, 50e9),
+    "h200": Gpu("h200", 141 * GB, 989e12, 67e12, 4.8e12, 450e9, 50e9),
+    "b200": Gpu("b200", 180 * GB, 2250e12, 80e12, 7.7e12, 900e9, 50e9),
+}
+
+
+def load(name: str) -> Gpu:
+    """A GPU of the table, or of a YAML file with the fields of `Gpu`; `like: h100` fills what it leaves out.
+
+    Raises UserError naming the file, the key and what would be valid.
+    """
+    if name in GPUS:
+        return GPUS[name]
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"cluster.gpu: {name!r} is not known; valid: {', '.join(GPUS)}, or a YAML file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot read this GPU: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a GPU is a mapping of keys to values")
+    return _parse(path, values)
+
+
+def _parse(path: Path, values: dict) -> Gpu:
+    known = {field.name: field for field in fields(Gpu)}
+    like = values.pop("like", None)
+    if like is not None and like not in GPUS:
+        raise UserError(f"{path}: like: {like!r} is not known; valid: {', '.join(GPUS)}")
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"{path}: {key}: unknown key; valid: {', '.join(known)}")
+        if key != "name":
+            try:
+                values[key] = float(value) if key != "gpus_per_node" else int(value)
+            except (TypeError, ValueError):
+                raise UserError(f"{path}: {key}: {value!r} is no number") from None
+            if values[key] < 0:
+                raise UserError(f"{path}: {key}: {value!r} is negative")
+    if like is not None:
+        return replace(GPUS[like], name=values.pop("name", path.stem), **values)
+    needed = [field.name for field in fields(Gpu)[1:7] if field.name not in values]
+    if needed:
+        raise UserError(f"{path}: missing {', '.join(needed)}; or say like: {', '.join(GPUS)}")
+    return Gpu(**({"name": path.stem} | values))

@@ -1,0 +1,154 @@
+"""Bytes on a rank, part by part: what the engine allocates, exactly, and what a micro-batch needs, from its trace.
+
+The engine's buffers are those of megatron-core's DDP with a sharded optimizer: parameters in reverse order, each begun
+at a multiple of 64 elements, buckets that end at a multiple of the data ranks and of 128.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from ecdit.model.dit import EcDit
+from ecdit.model.sizes import AUTOENCODER_PARAMETERS, TEXT_ENCODER_PARAMETERS
+from ecdit.recipe import ModelRecipe, Recipe
+from launcher.plan.gpus import Gpu
+from launcher.plan.spread import Place, PlannedSpread
+from launcher.plan.trace import TYPES
+
+BUCKET, BUCKET_A_RANK = 40_000_000, 1_000_000  # elements of a bucket at least, where reduction overlaps
+STATES = 2  # of the optimizer: square and momentum
+AUTOENCODER_WIDEST = 128 * 3  # channels that are alive at once at the picture's full resolution: an estimate
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Elements that one rank holds of the weights of one kind: padded buffers, its piece, its largest bucket."""
+
+    padded: int
+    piece: int
+    largest_bucket: int
+
+
+def parameters(model: ModelRecipe, place: Place) -> tuple[tuple[int, bool], ...]:
+    """(elements, whether an expert's) of every parameter that a rank of this stage has."""
+    return _parameters(model.model_dump_json(), place)
+
+
+@lru_cache(maxsize=1024)
+def _parameters(model: str, place: Place) -> tuple[tuple[int, bool], ...]:
+    with torch.device("meta"):
+        made = EcDit(ModelRecipe.model_validate_json(model), 0, PlannedSpread(place, lambda sent: None))
+    return tuple((weight.numel(), weight.expert) for weight in made.parameters())
+
+
+def buffers(sizes: list[int], group: int, ranks: int) -> Buffers:
+    """For parameters of these sizes, reduced over `group` of the job's `ranks`."""
+    limit = max(BUCKET, BUCKET_A_RANK * group) if ranks > 1 else None
+    buckets, placed, start, bucket_start = [], [], 0, 0
+
+    def close(end: int) -> int:
+        divisor = math.lcm(group, 128)
+        padded = -(-end // divisor) * divisor
+        buckets.append((bucket_start, padded))
+        return padded
+
+    for size in reversed(sizes):
+        start = -(-start // 64) * 64
+        end = start + size
+        placed.append((start, end))
+        if limit is not None and end - bucket_start >= limit:
+            end = bucket_start = close(end)
+        start = end
+    if start > bucket_start:
+        close(start)
+    padded = buckets[-1][1] if buckets else 0
+    piece = sum(_overlap(placed, begin, begin + (end - begin) // group) for begin, end in buckets)
+    return Buffers(padded, piece, max((end - begin for begin, end in buckets), default=0))
+
+
+def _overlap(placed: list[tuple[int, int]], low: int, high: int) -> int:
+    return sum(max(0, min(end, high) - max(start, low)) for start, end in placed)
+
+
+def both_buffers(recipe: Recipe, place: Place) -> list[tuple[Buffers, int]]:
+    """The buffers of dense and of expert weights, each with the size of the group that shares them."""
+    found = parameters(recipe.model, place)
+    groups = ((False, place.data_ranks), (True, place.expert_data_ranks))
+    return [
+        (buffers([size for size, of_expert in found if of_expert == expert], group, place.ranks), group)
+        for expert, group in groups
+    ]
+
+
+def static(recipe: Recipe, place: Place) -> dict[str, float]:
+    """Bytes of what a rank holds from start to end."""
+    kinds = both_buffers(recipe, place)
+    padded, piece = sum(b.padded for b, _ in kinds), sum(b.piece for b, _ in kinds)
+    return {
+        "weights": padded * TYPES[recipe.train.precision].itemsize,
+        "gradients": 4 * padded,
+        "master weights": 4 * piece,
+        "optimizer states": 4 * STATES * piece,
+        "EMA": 4 * piece,
+    }
+
+
+def update_peak(recipe: Recipe, place: Place) -> float:
+    """Bytes that the update needs besides, at most: the roots of all squares, or a bucket's slice that is sent."""
+    kinds = both_buffers(recipe, place)
+    slices = max(b.largest_bucket / group for b, group in kinds) * TYPES[recipe.train.precision].itemsize
+    return max(4.0 * sum(b.piece for b, _ in kinds), slices)
+
+
+def encoders(recipe: Recipe) -> dict[str, float]:
+    """Bytes of the frozen encoders, and, as an estimate, of what the autoencoder needs while it encodes."""
+    size, data = TYPES[recipe.train.precision].itemsize, recipe.data
+    found = {}
+    if data.text_encoder != "hash":
+        found["text encoder"] = TEXT_ENCODER_PARAMETERS * size
+    if data.autoencoder != "pixels":
+        found["autoencoder"] = AUTOENCODER_PARAMETERS * 4
+    return found
+
+
+def encoding_peak(recipe: Recipe) -> float:
+    """Bytes while a micro-batch of pictures is encoded; none of it is kept."""
+    if recipe.data.autoencoder == "pixels":
+        return 0.0
+    return recipe.train.micro_batch * recipe.data.resolution**2 * AUTOENCODER_WIDEST * 4.0
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank, by part; `peak` is their sum at the worst moment."""
+
+    stage: int
+    parts: dict[str, float]
+
+    @property
+    def peak(self) -> float:
+        """Bytes at most."""
+        return sum(self.parts.values())
+
+    @property
+    def largest(self) -> str:
+        """The part that has most."""
+        return max(self.parts, key=self.parts.get)
+
+
+def rank_memory(
+    recipe: Recipe, place: Place, gpu: Gpu, *, kept: float, dispatch: float, peak: float, in_flight: int
+) -> Memory:
+    """kept, dispatch, peak: of a micro-batch (see `Trace`); in_flight: micro-batches whose activations are kept."""
+    parts = static(recipe, place) | encoders(recipe)
+    parts["activations"] = (kept - dispatch) * in_flight
+    parts["dispatch buffers"] = dispatch * in_flight
+    # forward and backward, the update and the encoding have their working memory one after the other
+    backward = peak - kept
+    elsewhere = max(update_peak(recipe, place), encoding_peak(recipe)) - kept * in_flight
+    parts["working memory"] = max(backward, elsewhere, 0.0)
+    parts["allocator slack"] = gpu.slack * sum(parts.values())
+    parts["CUDA, cuBLAS, NCCL"] = gpu.context
+    return Memory(place.stage, parts)
