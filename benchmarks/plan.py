@@ -31,6 +31,9 @@ CASES = {  # model, train, masking: what Table 1's models are trained with, as f
     "XL-8E, recomputed, unmasked": (XL, {"batch": 64, "micro_batch": 64, "recompute": "block"}, 0.0),
     "XXL-8E": (XL | {"size": "XXL"}, {"batch": 32, "micro_batch": 16}, 0.5),
     "XL-8E, small micro-batches": (XL, {"batch": 32, "micro_batch": 8}, 0.5),
+    "XXL dense, unmasked": (XL | {"size": "XXL", "routing": "dense"}, {"batch": 32, "micro_batch": 32}, 0.0),
+    "XL-8E, token choice": (XL | {"routing": "token_choice"}, {"batch": 128, "micro_batch": 128}, 0.5),
+    "XL-8E, MoE recomputed": (XL, {"batch": 128, "micro_batch": 64, "recompute": "moe"}, 0.5),
 }
 
 

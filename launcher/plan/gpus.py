@@ -26,14 +26,14 @@ class Gpu:
     network: float
     gpus_per_node: int = 8
     # measured on an H200 by `ecdit bench plan`; docs/benchmarks.md
-    product_share: float = 0.72
-    hbm_share: float = 0.80
+    product_share: float = 0.60
+    hbm_share: float = 0.65
     link_share: float = 0.80
     kernel_seconds: float = 2.5e-6
-    host_seconds: float = 5.5e-6
+    host_seconds: float = 21.5e-6
     link_latency: float = 15e-6
     context: float = 1.2 * GB  # CUDA context, cuBLAS workspaces, NCCL's buffers
-    slack: float = 0.04  # of what is allocated: what the allocator holds on to besides
+    slack: float = 0.06  # of what is allocated: what the allocator holds on to besides
 
 
 # Datasheets of NVIDIA: dense rates, memory, NVLink of one direction; the network as in their DGX systems.
