@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core import parallel_state
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ecdit.diffusion.objective import objective, to_differentiate
 from ecdit.errors import UserError
 from ecdit.recipe_io import load_recipe, parse_recipe
 from launcher.plan import plan
@@ -24,6 +26,7 @@ from tests.ranks import run_on_ranks
 from tests.test_train import complaint, ecdit
 
 ROOT = Path(__file__).parents[1]
+FEW = 4096  # bytes: losses, scalars of a router
 LARGER = (("width", 128), ("heads", 8), ("kv_heads", 8), ("layers", 6), ("patch", 1), ("group_tokens", 128))
 CASES = [
     (Case(Layout(), 1, batch=8, model=LARGER), 1),
@@ -40,7 +43,7 @@ CASES = [
 def measure(case):
     """What rank 0 holds, and what torch's profiler sees it need for one forward and backward pass."""
     recipe, place = _recipe(case), topology.start(case.layout, 1)
-    model, engine = build(case, place)
+    _, engine = build(case, place)
     held = {
         "weights": sum(b.param_data.nbytes for buckets in engine._buckets for b in buckets.buckets),
         "gradients": sum(b.grad_data.nbytes for buckets in engine._buckets for b in buckets.buckets),
@@ -73,8 +76,6 @@ def _recipe(case):
 
 
 def _step(engine, recipe, batch):
-    from ecdit.diffusion.objective import objective, to_differentiate
-
     def loss(model, micro, hidden):
         per_image, extra, out = objective(model, micro, recipe, hidden)
         return to_differentiate(per_image, extra, out, len(micro.latents), len(micro.latents))
@@ -107,3 +108,135 @@ def test_memory_is_what_a_rank_holds_and_needs(case, ranks):
     if peak:
         planned = stage(recipe, place, GPUS["h100"], most=True, device="cpu").peak
         assert planned == pytest.approx(peak, rel=0.1)
+
+
+SHARE_SENT = {  # kind, and the share of the largest tensor that a rank of n sends
+    "alltoall_base_": ("all-to-all", lambda n: (n - 1) / n),
+    "allreduce_": ("all-reduce", lambda n: 2 * (n - 1) / n),
+    "_allgather_base_": ("all-gather", lambda n: (n - 1) / n),
+    "_reduce_scatter_base_": ("reduce-scatter", lambda n: (n - 1) / n),
+}
+
+
+class Counted(TorchDispatchMode):
+    """Bytes that this rank sends to others, by kind of collective, without what is a few numbers."""
+
+    def __init__(self, ranks):
+        super().__init__()
+        self.ranks, self.sent = ranks, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("c10d::")
+        if name in SHARE_SENT:
+            tensors = [t for a in args for t in (a if isinstance(a, list | tuple) else [a]) if torch.is_tensor(t)]
+            size = max(t.numel() * t.element_size() for t in tensors)
+            kind, share = SHARE_SENT[name]
+            # the experts' exchange says how many rows go where, and none to itself
+            uneven = name == "alltoall_base_" and len(set(args[3])) > 1
+            if size > FEW:
+                self.sent[kind] = self.sent.get(kind, 0) + size * (1.0 if uneven else share(self.ranks))
+        return function(*args, **(kwargs or {}))
+
+
+def count(case):
+    """What rank 0 sends in one forward and backward pass."""
+    recipe, place = _recipe(case), topology.start(case.layout, 1)
+    model, _ = build(case, place)
+    batch = slice_of(global_batch(recipe, 0), slice(0, recipe.train.micro_batch), place.device)
+    with Counted(2) as counted:
+        per_image, extra, out = objective(model, batch, recipe)
+        to_differentiate(per_image, extra, out, len(batch.latents), len(batch.latents))[0].backward()
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+    return counted.sent
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(tensor=2), Layout(tensor=2, sequence=True), Layout(expert=2), Layout(expert=2, tensor=2)], ids=str
+)
+def test_traffic_is_what_a_rank_sends(layout):
+    case = Case(layout, 2, batch=16 // layout.tensor, model=LARGER)
+    counted = run_on_ranks(count, 2, case)[0]
+    planned = {}
+    for (kind, _, _), (_, size) in stage(_recipe(case), Place(layout, 2), GPUS["h100"], most=True).sent.items():
+        planned[kind] = planned.get(kind, 0) + size
+    # tensor ranks' gradients of what all have are summed at the end of a step, not within the model
+    assert planned == pytest.approx(counted, rel=0.02)
+
+
+def test_the_largest_model_fits_on_eight_nodes_and_says_why_not_on_one():
+    fits = ecdit("plan", ROOT / "recipes/m_64e.yaml", "--nodes", 8, "--gpu", "h100", "--json")
+    assert fits.returncode == 0, fits.stderr
+    told = json.loads(fits.stdout)
+    assert told["fits"] and 0 < told["margin"] < 0.2 * 80e9 and told["peak"] < 80e9
+    assert told["parameters"] == pytest.approx(96.5e9, rel=0.01)
+    refused = complaint(ecdit("plan", ROOT / "recipes/m_64e.yaml", "--nodes", 1, "--gpu", "h100"))
+    assert "planned with parallel.expert=8" in refused
+    assert "does not fit on 1 x 8 h100" in refused and "The largest part is optimizer states" in refused
+    assert "It fits with 8 nodes" in refused
+
+
+def test_search_ranks_valid_layouts_that_fit():
+    recipe = load_recipe(ROOT / "recipes/xl_8e.yaml", ["train.batch=256"])
+    found = search(recipe, 1, 4, GPUS["a100"])
+    assert len(found) > 5
+    assert [made.step_seconds for made in found] == sorted(made.step_seconds for made in found)
+    for made in found:
+        assert made.margin >= 0 and made.ranks == 4
+        parse_recipe(made.recipe.model_dump(mode="json"), "a plan's recipe")
+
+
+@settings(max_examples=10, deadline=None)
+@given(nodes=st.sampled_from([1, 2, 4, 8]), expert=st.sampled_from([1, 2, 4, 8]), tensor=st.sampled_from([1, 2, 3, 6]))
+def test_more_nodes_never_need_more_memory_of_a_rank(nodes, expert, tensor):
+    keys = [f"parallel.expert={expert}", f"parallel.tensor={tensor}", "train.micro_batch=24", "train.batch=4608"]
+    recipe = load_recipe(ROOT / "recipes/xl_8e.yaml", keys)
+    fewer, more = (
+        sum(static(recipe, Place(Layout(tensor, expert), ranks)).values()) for ranks in (nodes * 24, nodes * 48)
+    )
+    assert more <= fewer
+
+
+@given(sizes=st.lists(st.integers(1, 10_000), min_size=1, max_size=20), group=st.sampled_from([1, 2, 3, 8]))
+def test_every_element_is_some_rank_s(sizes, group):
+    kept = buffers(sizes, group, group)
+    assert kept.padded % group == 0 and kept.padded >= sum(sizes)
+    assert sum(sizes) / group <= kept.piece or group > 1
+    assert kept.piece <= kept.padded // group
+
+
+def test_a_layout_is_chosen_for_the_nodes_that_are_there():
+    recipe = load_recipe(ROOT / "recipes/quickstart.yaml")
+    assert best_layout(recipe, 1, 1, None) == []
+    assert best_layout(recipe, 2, 2, None) == ["train.micro_batch=4"]
+    expert = load_recipe(ROOT / "recipes/quickstart.yaml", ["parallel.expert=4", "train.micro_batch=4"])
+    assert best_layout(expert, 4, 1, None) == []
+    assert best_layout(expert, 2, 1, None) == ["parallel.expert=2"]
+    with pytest.raises(UserError, match=r"3 ranks: no layout of this model and train.batch: 16"):
+        best_layout(recipe, 3, 1, None)
+
+
+def test_a_gpu_of_ones_own(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("like: h100\nmemory: 40.0e+9\n")
+    assert (load(str(file)).memory, load(str(file)).bf16, load(str(file)).name) == (40e9, GPUS["h100"].bf16, "mine")
+    for text, problem in (
+        ("like: h1000", "like: 'h1000' is not known"),
+        ("like: h100\nmemroy: 1", "memroy: unknown key"),
+        ("memory: 1", "missing bf16"),
+        ("like: h100\nhbm: fast", "hbm: 'fast' is no number"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=problem):
+            load(str(file))
+    with pytest.raises(UserError, match="'h1000' is not known; valid: a100"):
+        load("h1000")
+
+
+def test_a_plan_has_all_of_its_time_and_memory():
+    recipe = load_recipe(ROOT / "recipes/xl_8e.yaml", ["parallel.expert=2", "parallel.pipeline=2", "train.batch=512"])
+    made = plan(recipe, 1, 8, GPUS["h100"])
+    assert len(made.memory) == 2 and made.memory[0].parts["activations"] > made.memory[1].parts["activations"]
+    assert made.images_per_s == pytest.approx(512 / made.step_seconds)
+    assert {one.axis for one in made.traffic} == {"expert", "pipeline", "data", "expert-data"}
+    assert sum(b.padded for b, _ in both_buffers(recipe, Place(Layout(pipeline=2, expert=2), 8))) > 0

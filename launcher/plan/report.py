@@ -77,7 +77,7 @@ def ranking(plans: list[Plan], top: int) -> Table:
 
 
 def refuse(made: Plan, recipe: Recipe, gpu: Gpu) -> UserError:
-    """recipe: as it was before its layout was made to divide. Names the largest part, how much is too much, and what would have to give."""
+    """Names the largest part, how much is too much, and what would have to give. recipe: as it was typed."""
     worst, gpus = made.worst, made.ranks // made.nodes
     largest = f"{worst.largest}, {worst.parts[worst.largest] / GIB:.1f} GiB"
     enough = (nodes for nodes in MORE_NODES if nodes > made.nodes and _fits(recipe, nodes, gpus, gpu))
