@@ -16,6 +16,7 @@ from ecdit.terminal import Json, Overrides, RecipeFile, RunsFolder, console
 def register(app: typer.Typer) -> None:
     """Adds them to the `ecdit` command."""
     app.command()(launch)
+    app.command()(doctor)
     app.command()(plan)
     app.command()(supervise)
     app.command(hidden=True)(preflight)
@@ -49,6 +50,19 @@ def launch(
         console.print(
             f"Job {number}. Where it stands: {run / 'status.json'}; what it says: {run / 'logs'}", markup=False
         )
+
+
+def doctor(as_json: Json = False) -> None:
+    """Tell what this machine has and lacks, and what that costs. Exit code 1 where training cannot work here."""
+    from launcher.doctor import BROKEN, as_table, examine
+
+    with console.status("Looking"):
+        findings = examine()
+    if as_json:
+        print(json.dumps([vars(one) for one in findings], indent=1))
+    else:
+        Console(width=max(Console().width, 100)).print(as_table(findings))
+    raise typer.Exit(int(any(one.state == BROKEN for one in findings)))
 
 
 def plan(
