@@ -280,6 +280,9 @@ class LogRecipe(Section):
 
     every: PositiveInt = Field(10, description="Steps between lines of metrics.jsonl.")
     samples: bool = Field(False, description="Write the sample ids of every logged step.")
+    collectives: Annotated[int, Field(ge=0)] = Field(
+        0, description="Step whose time in each collective is measured, into collectives.json; 0: none."
+    )
     tensorboard: bool = Field(True, description="Write TensorBoard files.")
     wandb: str | None = Field(None, description="Weights & Biases project; null: none.")
     grid_every: Annotated[int, Field(ge=0)] = Field(0, description="Steps between picture grids; 0: none.")

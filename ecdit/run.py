@@ -18,6 +18,7 @@ class Run:
         self.folder = folder
         self.recipe_file = folder / "recipe.yaml"
         self.metrics_file = folder / "metrics.jsonl"
+        self.collectives_file = folder / "collectives.json"
         self.checkpoints = folder / "checkpoints"
         self.samples = folder / "samples"
 

@@ -1,5 +1,6 @@
 """The training loop: one order of samples, one loop for every layout, a checkpoint whenever it has to stop."""
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +42,7 @@ from parallel.checkpoint import CheckpointError
 from parallel.checkpoint.folder import Keep, committed
 from parallel.checkpoint.lock import FolderLock
 from parallel.checkpoint.store import CheckpointStore
+from parallel.collectives import measured
 from parallel.failure import together
 from parallel.topology import Topology
 from parallel.watchdog import Watchdog
@@ -138,7 +140,7 @@ class Trainer:
         self._status(state="running", why="", kind="", step=self.progress.step, ranks=self.topology.ranks)
         batches = self.stream.batches(self.progress.step)
         while self.progress.step < self.recipe.train.steps:
-            with self._watchdog.step():
+            with self._watchdog.step(), self._measured():
                 record, stop = self._step(next(batches)), self.topology.agree(self._stop.signal is not None)
             self._report(record)
             self._tell_of_save()
@@ -192,10 +194,23 @@ class Trainer:
             "mfu": self._step_flops(step) / seconds / self.peak,
             "seconds": seconds,
             "skipped": self.progress.skipped,
+            **({"memory": self.topology.memory()} if logged else {}),
             **(routing.record(self.topology.sum(routing.sums())) if logged else {}),
             **({"sample_ids": self.topology.gather(batch.keys)} if recipe.log.samples else {}),
             "logged": logged,
         }
+
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
+        """The step whose collectives are to be measured is, and what is found is written."""
+        if self.progress.step + 1 != self.recipe.log.collectives:
+            yield
+            return
+        with measured() as found:
+            yield
+        if self.topology.first:
+            text = json.dumps({"step": self.progress.step, **vars(found)}, indent=1)
+            self.run.collectives_file.write_text(text + "\n", encoding="utf-8")
 
     def _micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
         device, size = self.topology.device, self.recipe.train.micro_batch

@@ -18,6 +18,7 @@ def register(app: typer.Typer) -> None:
     app.command()(launch)
     app.command()(doctor)
     app.command()(plan)
+    app.command()(scale)
     app.command()(supervise)
     app.command(hidden=True)(preflight)
 
@@ -108,6 +109,37 @@ def plan(
         out.print(report.as_tables(made), highlight=False)
     if made.margin < 0:
         raise report.refuse(made, loaded, device)
+
+
+def scale(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nodes: Annotated[str, typer.Option(help="Numbers of nodes, such as 1,2,4,8.")] = "1,2,4",
+    weak: Annotated[bool, typer.Option("--weak/--strong", help="Whether the batch grows with the nodes.")] = False,
+    steps: Annotated[int, typer.Option(min=5, help="Steps of every run.")] = 50,
+    local: Annotated[bool, typer.Option("--local", help="On this machine by torchrun, without SLURM.")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the jobs, or submit and leave.")] = True,
+    runs: RunsFolder = Path("runs"),
+) -> None:
+    """Train a recipe on several numbers of nodes; the same command again gathers what is done. Table, JSON and plot."""
+    from launcher.scale import Study, as_table
+
+    if not all(number.isdigit() and int(number) for number in nodes.split(",")):
+        raise UserError(f"--nodes: {nodes!r} is no list of numbers, such as 1,2,4")
+    numbers = [int(number) for number in nodes.split(",")]
+    study = Study(recipe, list(overrides or ()), numbers, weak=weak, steps=steps, runs=runs)
+    if local:
+        study.run_here()
+    else:
+        study.submit()
+        if not wait:
+            console.print(f"Submitted; the same command gathers what is done into {study.folder}.", markup=False)
+            return
+        with console.status("Waiting for the jobs"):
+            study.wait()
+    found = study.gather()
+    Console(width=max(Console().width, 100)).print(as_table(found))
+    console.print(f"{study.folder}/scaling.json, {study.folder}/scaling.png", markup=False)
 
 
 def supervise(

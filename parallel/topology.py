@@ -19,6 +19,7 @@ may span tensor ranks: each of these has tokens of its own.
 """
 
 import os
+import resource
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -126,6 +127,16 @@ class Topology:
         raised = torch.tensor(float(flag), device=self.device)
         dist.all_reduce(raised, op=dist.ReduceOp.MAX)
         return bool(raised)
+
+    def memory(self) -> int:
+        """Bytes that a rank had at most so far, on its GPU, or of its process on a CPU: those of the rank with most."""
+        if self.device.type == "cuda":
+            own = torch.cuda.max_memory_allocated(self.device)
+        else:
+            own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        most = torch.tensor(own, dtype=torch.int64, device=self.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of a tensor over all ranks, in place."""

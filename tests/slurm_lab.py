@@ -72,6 +72,8 @@ class Lab:
         deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline:
             status = self.status(run)
+            gone = status.get("job") and "JobState=FAILED" in self("scontrol", "show", "job", status["job"])
+            assert not gone, f"{run}: its job could not be started"
             if ready(status) or status.get("state") in ("finished", "failed", "cancelled"):
                 return status
             time.sleep(0.2)

@@ -3,7 +3,10 @@
 What is tested is what a user types. Where no SLURM can be started, all of it is skipped with the reason.
 """
 
+import json
+
 import pytest
+from PIL import Image
 
 from ecdit.callbacks.metrics import read_metrics
 from tests.slurm_lab import Lab, why_not
@@ -95,14 +98,14 @@ def test_a_run_goes_on_with_fewer_nodes(lab):
 def test_a_bad_node_is_named_and_left_out(lab):
     run = lab.folder / "runs/picky"
     run.mkdir(parents=True)
-    lab.on("node1", "mount", "-t", "tmpfs", "-o", "ro,size=1m", "none", str(run))
+    lab.on("node2", "mount", "-t", "tmpfs", "-o", "ro,size=1m", "none", str(run))
     try:
         lab("ecdit", "launch", "recipes/quickstart.yaml", "run=picky", "cluster.back_off_seconds=0", *SMALL)
         status = lab.end("picky")
     finally:
-        lab.on("node1", "umount", str(run))
+        lab.on("node2", "umount", str(run))
     assert status["state"] == "finished", lab.log("picky")
-    assert status["excluded"] == ["node1"]
+    assert status["excluded"] == ["node2"]
 
 
 def test_a_second_job_of_a_run_is_refused(lab):
@@ -111,3 +114,18 @@ def test_a_second_job_of_a_run_is_refused(lab):
     job = lab.status("twice")["job"]
     assert f"job {job} trains this run" in told
     lab("scancel", job)
+
+
+def test_a_scaling_study_fills_its_table_and_plot(lab):
+    command = ["ecdit", "scale", "recipes/quickstart.yaml", "--nodes", "1,2", "--steps", "6", "cluster.preflight=false"]
+    told = lab(*command, *[key for key in SMALL if not key.startswith("train.steps")])
+    folder = lab.folder / "runs/quickstart-strong"
+    rows = json.loads((folder / "scaling.json").read_text())["rows"]
+    assert [(row["nodes"], row["ranks"], row["batch"]) for row in rows] == [(1, 1, 16), (2, 2, 16)]
+    assert rows[0]["efficiency"] == 1 and 0 < rows[1]["efficiency"] < 2
+    assert rows[1]["collectives"]["all-reduce"] > 0 and rows[1]["planned"]["collectives"]["reduce-scatter"] > 0
+    for row in rows:
+        assert row["images_per_s"] > 0 and row["memory"] > 1e8 and row["planned"]["gpu"] == "h100"
+    with Image.open(folder / "scaling.png") as picture:
+        assert picture.width > 500
+    assert "strong scaling, measured (planned for h100)" in told
