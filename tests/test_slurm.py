@@ -44,16 +44,19 @@ def same_curve(found, expected):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-3), one["step"]  # other numbers of ranks
 
 
-@pytest.mark.parametrize("nodes", [2, 4])
-def test_sbatch_trains_over_all_tasks_and_finishes(lab, nodes):
-    run = f"plain-{nodes}"
-    lab("sbatch", f"--nodes={nodes}", "recipes/quickstart.slurm", f"run={run}", *SMALL)
-    status = lab.end(run)
-    assert status["state"] == "finished", lab.log(run)
-    assert (status["ranks"], status["step"]) == (nodes, 8)
-    assert [record["step"] for record in records(lab, run)] == list(range(1, 9))
-    logs = lab.folder / "runs" / run / "logs"
-    assert sorted(path.name for path in logs.glob("rank-*.log")) == [f"rank-{rank}.log" for rank in range(1, nodes)]
+@pytest.fixture(scope="module")
+def plain(lab):
+    """A run that nothing disturbs, on all nodes."""
+    lab("sbatch", f"--nodes={NODES}", "recipes/quickstart.slurm", "run=plain", *SMALL)
+    return lab.end("plain")
+
+
+def test_sbatch_trains_over_all_tasks_and_finishes(lab, plain):
+    assert plain["state"] == "finished", lab.log("plain")
+    assert (plain["ranks"], plain["step"]) == (NODES, 8)
+    assert [record["step"] for record in records(lab, "plain")] == list(range(1, 9))
+    logs = lab.folder / "runs/plain/logs"
+    assert sorted(path.name for path in logs.glob("rank-*.log")) == [f"rank-{rank}.log" for rank in range(1, NODES)]
 
 
 def test_a_signal_ahead_of_the_limit_then_a_node_lost_and_the_curve_is_that_of_an_undisturbed_run(lab, undisturbed):
@@ -84,17 +87,18 @@ def test_a_crash_loop_stops_with_the_reason(lab):
     assert "nowhere" in status["why"]
 
 
-def test_a_run_goes_on_with_fewer_nodes(lab):
+def test_a_run_goes_on_with_fewer_nodes(lab, plain):
     keys = ["run=fewer", "cluster.preflight=false", *SMALL]
     lab("ecdit", "launch", "recipes/quickstart.yaml", "--nodes", "2", *keys, "train.steps=5")
     assert lab.end("fewer")["ranks"] == 2
     lab("ecdit", "launch", "recipes/quickstart.yaml", "--nodes", "1", *keys, "train.steps=8")
     status = lab.end("fewer")
     assert (status["state"], status["ranks"], status["step"]) == ("finished", 1, 8), lab.log("fewer")
-    found, whole = records(lab, "fewer"), records(lab, "plain-2")
+    found, whole = records(lab, "fewer"), records(lab, "plain")
     assert [record["sample_ids"] for record in found] == [record["sample_ids"] for record in whole]
 
 
+@pytest.mark.slow
 def test_a_bad_node_is_named_and_left_out(lab):
     run = lab.folder / "runs/picky"
     run.mkdir(parents=True)
@@ -129,3 +133,30 @@ def test_a_scaling_study_fills_its_table_and_plot(lab):
     with Image.open(folder / "scaling.png") as picture:
         assert picture.width > 500
     assert "strong scaling, measured (planned for h100)" in told
+
+
+@pytest.mark.slow
+def test_a_time_limit_in_the_middle_is_obeyed_by_the_clock(lab, undisturbed):
+    """The same as the signal that is sent by hand, but by SLURM's own clock, which it looks at every 30 seconds."""
+    keys = ["run=limited", "cluster.preflight=false", "cluster.time='2:00'", "cluster.signal_seconds=90", *SLOW]
+    keys += ["train.steps=1500", "train.batch=64"]
+    lab("ecdit", "launch", "recipes/quickstart.yaml", "--nodes", "2", *keys)
+    status = lab.wait("limited", lambda status: status["state"] == "requeued")
+    assert status["why"] == "SIGUSR1", lab.log("limited")
+    status = lab.end("limited")
+    assert status["state"] == "finished", lab.log("limited")
+    same_curve(records(lab, "limited")[: len(undisturbed)], undisturbed)
+
+
+@pytest.mark.slow
+def test_a_job_whose_first_node_is_lost_is_taken_up_by_slurm(lab):
+    """The supervisor is on the first node, so nobody is left to say a word."""
+    lab("ecdit", "launch", "recipes/quickstart.yaml", "--nodes", "2", "run=headless", "cluster.preflight=false", *SLOW)
+    lab.wait("headless", lambda status: status.get("step", 0) > 20)
+    try:
+        lab.lose("node1")
+        status = lab.end("headless")
+    finally:
+        lab.boot("node1")
+    assert status["state"] == "finished", lab.log("headless")
+    assert [crash["kind"] for crash in status["crashes"]] == ["lost"]
