@@ -39,7 +39,15 @@ setup(
         "encoders": ENCODERS,
         "eval": ["scipy>=1.13"],
         "wandb": ["wandb>=0.18"],
-        "test": [*ENCODERS, "hypothesis>=6.100", "pyarrow>=17", "pytest>=8", "ruff>=0.17", "scipy>=1.13"],
+        "test": [
+            *ENCODERS,
+            "hypothesis>=6.100",
+            "pyarrow>=17",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.17",
+            "scipy>=1.13",
+        ],
     },
     entry_points={"console_scripts": ["ecdit=ecdit.cli:main"]},
 )
