@@ -36,18 +36,17 @@ def launch(
     from launcher.launch import batch_file, for_nodes
     from launcher.launch import launch as submit
 
-    given = list(overrides or ())
+    loaded, given, layout = for_nodes(recipe, list(overrides or ()), nodes)
+    if layout:
+        console.print(f"On {loaded.cluster.nodes} nodes it will train with {' '.join(layout)}", markup=False)
     if render:
         file = recipe.with_suffix(".slurm")
-        loaded, given = for_nodes(recipe, given, nodes)
         file.write_text(slurm.render(loaded, str(recipe), tuple(given)), encoding="utf-8")
         console.print(f"{file}; submit it with: sbatch {file}", markup=False)
     elif dry_run:
-        loaded, given = for_nodes(recipe, given, nodes)
         print(batch_file(recipe, loaded, given, runs), end="")
     else:
-        number = submit(recipe, given, nodes, runs)
-        run = runs / load_recipe(recipe, given).run
+        number, run = submit(recipe, given, None, runs), runs / loaded.run
         console.print(
             f"Job {number}. Where it stands: {run / 'status.json'}; what it says: {run / 'logs'}", markup=False
         )

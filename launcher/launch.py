@@ -7,14 +7,14 @@ from ecdit.recipe import Recipe
 from ecdit.recipe_io import load_recipe
 from ecdit.status import read_status, update_status
 from launcher import slurm
-from launcher.plan.gpus import load as load_gpu
+from launcher.plan.gpus import of_cluster
 from launcher.plan.search import best_layout
 
 LOG = "slurm-%j.log"
 
 
-def for_nodes(file: Path, overrides: list[str], nodes: int | None) -> tuple[Recipe, list[str]]:
-    """The recipe, and the overrides that make it one for so many nodes.
+def for_nodes(file: Path, overrides: list[str], nodes: int | None) -> tuple[Recipe, list[str], list[str]]:
+    """The recipe, the overrides that make it one for so many nodes, and the layout that the job will choose there.
 
     Raises UserError where the model and the batch have no layout for them.
     """
@@ -25,8 +25,7 @@ def for_nodes(file: Path, overrides: list[str], nodes: int | None) -> tuple[Reci
             overrides.append(f"cluster.min_nodes={min(nodes, recipe.cluster.min_nodes)}")
         recipe = load_recipe(file, overrides)
     cluster = recipe.cluster
-    best_layout(recipe, cluster.nodes, cluster.tasks, load_gpu(cluster.gpu) if cluster.gpus_per_node else None)
-    return recipe, overrides
+    return recipe, overrides, best_layout(recipe, cluster.nodes, cluster.tasks, of_cluster(cluster))
 
 
 def batch_file(file: Path, recipe: Recipe, overrides: list[str], runs: Path) -> str:
@@ -37,7 +36,7 @@ def batch_file(file: Path, recipe: Recipe, overrides: list[str], runs: Path) -> 
 
 def launch(file: Path, overrides: list[str], nodes: int | None, runs: Path) -> str:
     """Submits the job and returns its number. Raises UserError where one trains the run already."""
-    recipe, overrides = for_nodes(file, overrides, nodes)
+    recipe, overrides, _ = for_nodes(file, overrides, nodes)
     run = runs / recipe.run
     status = read_status(run)
     if slurm.alive(status.get("job")):

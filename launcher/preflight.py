@@ -24,6 +24,7 @@ SECONDS = 300  # for all of it; importing torch from a network file system takes
 MEETING_SECONDS = 120
 WRITTEN = 16 << 20
 LEAST_FREE = 256 << 20
+LEAST_RATE = 1e6  # bytes/s that a checkpoint can still be written with
 REDUCED = 1 << 18  # numbers
 
 
@@ -89,7 +90,7 @@ def _disk(run: Path) -> list[str]:
     free = place.f_bavail * place.f_frsize
     if free < LEAST_FREE:
         return [f"{run}: {free >> 20} MiB are free, less than {LEAST_FREE >> 20}"]
-    file = run / f".preflight-{socket.gethostname()}"
+    file, began = run / f".preflight-{socket.gethostname()}", time.perf_counter()
     try:
         with file.open("wb") as out:
             out.write(os.urandom(WRITTEN))
@@ -99,7 +100,8 @@ def _disk(run: Path) -> list[str]:
         return [f"{run}: cannot be written: {error.strerror}"]
     finally:
         file.unlink(missing_ok=True)
-    return []
+    rate = WRITTEN / (time.perf_counter() - began)
+    return [f"{run}: is written at {rate / 1e6:.1f} MB/s"] if rate < LEAST_RATE else []
 
 
 def _shards(recipe: Recipe) -> list[str]:

@@ -17,13 +17,13 @@ from rich.table import Table
 
 from ecdit.callbacks.metrics import read_metrics
 from ecdit.errors import UserError
-from ecdit.recipe import Recipe
 from ecdit.recipe_io import load_recipe
 from ecdit.status import read_status
 from launcher import slurm
 from launcher.launch import launch
 from launcher.plan import plan
 from launcher.plan.gpus import load as load_gpu
+from launcher.plan.gpus import of_cluster
 from launcher.plan.search import best_layout
 
 GIB = 2**30
@@ -64,7 +64,7 @@ class Study:
             "log.tensorboard=false",
         ]
         made = load_recipe(self.file, keys)
-        return [*keys, *best_layout(made, nodes, made.cluster.tasks, _gpu(made))]
+        return [*keys, *best_layout(made, nodes, made.cluster.tasks, of_cluster(made.cluster))]
 
     # --------------------------------------------------------------------------------------------------------- running
 
@@ -131,7 +131,7 @@ class Study:
         late = [r for r in records if r["step"] > WARM * self.steps and r["step"] != recipe.log.collectives]
         file = run / "collectives.json"
         collectives = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"seconds": {}}
-        made = plan(recipe, nodes, recipe.cluster.tasks, _gpu(recipe) or load_gpu(recipe.cluster.gpu))
+        made = plan(recipe, nodes, recipe.cluster.tasks, of_cluster(recipe.cluster) or load_gpu(recipe.cluster.gpu))
         planned: dict[str, float] = {}
         for one in made.traffic:
             planned[one.kind] = planned.get(one.kind, 0.0) + one.seconds
@@ -153,10 +153,6 @@ class Study:
                 "collectives": planned,
             },
         }
-
-
-def _gpu(recipe: Recipe):
-    return load_gpu(recipe.cluster.gpu) if recipe.cluster.gpus_per_node else None
 
 
 def as_table(study: dict[str, Any]) -> Table:

@@ -29,7 +29,7 @@ from ecdit.status import (
     update_status,
 )
 from launcher import preflight, slurm
-from launcher.plan.gpus import load as load_gpu
+from launcher.plan.gpus import of_cluster
 from launcher.plan.search import best_layout
 
 DONE, FAILED, STOPPED = 0, 1, 75
@@ -195,7 +195,7 @@ class Supervisor:
         if self.job is None:
             return [], 1
         there = len(self.job.nodes)
-        gpu = load_gpu(self.cluster.gpu) if self.cluster.gpus_per_node else None
+        gpu = of_cluster(self.cluster)
         fewest = min(there, self.cluster.min_nodes or self.cluster.nodes)
         for nodes in range(there, fewest - 1, -1):
             try:

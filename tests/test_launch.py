@@ -76,7 +76,9 @@ def test_a_batch_file_has_what_the_recipe_says(tmp_path):
 
 def test_fewer_nodes_are_a_valid_job_or_refused(tmp_path):
     file = ROOT / "recipes/quickstart.yaml"
-    recipe, keys = for_nodes(file, ["run=one"], 1)
+    recipe, keys, layout = for_nodes(file, ["run=one"], 1)
+    assert layout == []
+    assert for_nodes(file, [], 2)[2] != []
     assert keys == ["run=one", "cluster.nodes=1", "cluster.min_nodes=1"]
     assert "#SBATCH --nodes=1\n" in batch_file(file, recipe, keys, tmp_path)
     told = complaint(ecdit("launch", file, "--nodes", 3, "--dry-run"))

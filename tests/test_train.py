@@ -72,7 +72,7 @@ def test_a_run_leaves_what_is_promised(trained):
     records = read_metrics(trained / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, 9))
     for record in records:
-        needed = {"step", "loss", "grad_norm", "lr", "images_per_s", "mfu", "seconds", "sample_ids"}
+        needed = {"step", "loss", "grad_norm", "lr", "images_per_s", "mfu", "seconds", "memory", "sample_ids"}
         assert needed <= record.keys()
         assert len(record["unrouted_share"]) == len(record["experts_per_token_std"]) == 1
         assert len(record["sample_ids"]) == 8 and 0 < record["mfu"] < 1.5

@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from ecdit.errors import UserError
+from ecdit.recipe import ClusterRecipe
 
 GB = 1e9
 
@@ -62,6 +63,11 @@ def load(name: str) -> Gpu:
     if not isinstance(values, dict):
         raise UserError(f"{path}: a GPU is a mapping of keys to values")
     return _parse(path, values)
+
+
+def of_cluster(cluster: ClusterRecipe) -> Gpu | None:
+    """The GPU of a recipe's cluster; None where it has none. Raises UserError where it is not known."""
+    return replace(load(cluster.gpu), gpus_per_node=cluster.tasks) if cluster.gpus_per_node else None
 
 
 def _parse(path: Path, values: dict) -> Gpu:
