@@ -7,6 +7,7 @@ have shapes and no memory (`trace.py`).
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ecdit.diffusion.masking import keep_count
 from ecdit.errors import UserError
 from ecdit.model.count import forward_flops
 from ecdit.model.sizes import TEXT_ENCODER_PARAMETERS
@@ -159,8 +160,6 @@ def _encoders(recipe: Recipe, gpu: Gpu, micro_batches: int) -> float:
 
 
 def _mfu(recipe: Recipe, gpu: Gpu, ranks: int, seconds: float) -> float:
-    from ecdit.diffusion.masking import keep_count
-
     tokens = keep_count(recipe.model.tokens, recipe.masking.schedule[0][1])
     rate = gpu.bf16 if recipe.train.precision == "bf16" else gpu.fp32
     return 3 * forward_flops(recipe.model, tokens) * recipe.train.batch / seconds / (rate * ranks)

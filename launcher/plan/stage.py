@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ecdit.diffusion.masking import keep_count
-from ecdit.recipe import Recipe
-from ecdit.recipe_io import dump_recipe, parse_recipe
+from ecdit.recipe import ClusterRecipe, Recipe
 from launcher.plan.gpus import Gpu
 from launcher.plan.spread import Place
 from launcher.plan.trace import PARTS, Trace, trace
@@ -40,14 +39,13 @@ def stage(recipe: Recipe, place: Place, gpu: Gpu, *, most: bool, device: str = "
 
 
 def _key(recipe: Recipe) -> str:
-    """What a stage's cost depends on."""
-    values = recipe.model_dump(mode="json")
-    return dump_recipe(recipe.model_copy(update={"run": "plan", "cluster": type(recipe.cluster)()})) if values else ""
+    """What a stage's cost depends on, as text that can be looked up."""
+    return recipe.model_copy(update={"run": "plan", "cluster": ClusterRecipe()}).model_dump_json()
 
 
 @lru_cache(maxsize=4096)
 def _stage(recipe_text: str, place: Place, gpu: Gpu, layers: int, tokens: int, device: str) -> Stage:
-    recipe = _read(recipe_text)
+    recipe = Recipe.model_validate_json(recipe_text)
     if layers <= DEEPER:
         return _summary(trace(recipe, place, layers, tokens, device), recipe, gpu)
     shallow, deeper = (_summary(trace(recipe, place, n, tokens, device), recipe, gpu) for n in (SHALLOW, DEEPER))
@@ -64,13 +62,6 @@ def _stage(recipe_text: str, place: Place, gpu: Gpu, layers: int, tokens: int, d
             for key, pair in deeper.sent.items()
         },
     )
-
-
-@lru_cache(maxsize=4096)
-def _read(text: str) -> Recipe:
-    import yaml
-
-    return parse_recipe(yaml.safe_load(text), "the recipe")
 
 
 def _summary(found: Trace, recipe: Recipe, gpu: Gpu) -> Stage:
