@@ -13,10 +13,9 @@ from statistics import median
 import psutil
 import torch
 
-from benchmarks.harness import Row
+from benchmarks.harness import Row, random_batch
 from ecdit.assemble import assemble_engine, check_job, start_topology
-from ecdit.diffusion.draws import draw
-from ecdit.diffusion.objective import MicroBatch, objective, to_differentiate
+from ecdit.diffusion.objective import objective, to_differentiate
 from ecdit.recipe import Recipe
 from ecdit.recipe_io import parse_recipe
 from parallel import topology
@@ -66,7 +65,7 @@ def _measure(name: str, recipe: Recipe, rounds: int) -> list[Row]:
     place = start_topology(recipe)
     check_job(recipe, place)
     engine = assemble_engine(recipe, place)
-    batch = _batch(recipe, place.device)
+    batch = random_batch(recipe, recipe.train.batch, place.device)
 
     def loss(model, micro, hidden):
         per_image, extra, out = objective(model, micro, recipe, hidden)
@@ -116,11 +115,3 @@ def _seconds(function: Callable[[], object]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - began
-
-
-def _batch(recipe: Recipe, device: torch.device) -> MicroBatch:
-    model, images = recipe.model, recipe.train.batch
-    latents = torch.randn(images, model.channels, model.side, model.side, device=device)
-    text = torch.randn(images, model.text_tokens, model.text_width, device=device)
-    mask = torch.ones(images, model.text_tokens, dtype=torch.bool, device=device)
-    return MicroBatch(latents, text, mask, draw(recipe, 0, torch.arange(images, device=device)))

@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 
+from ecdit.diffusion.draws import draw
+from ecdit.diffusion.objective import MicroBatch
+from ecdit.recipe import Recipe
+
 
 @dataclass
 class Row:
@@ -35,6 +39,15 @@ def compare(functions: dict[str, Callable[[], Any]], against: dict[str, str], ro
         ratio = median(ours / theirs for ours, theirs in pairs) if peer else None
         rows.append(Row(name, median(taken), peer, ratio))
     return rows
+
+
+def random_batch(recipe: Recipe, images: int, device: torch.device) -> MicroBatch:
+    """A micro-batch of noise in the recipe's shapes."""
+    model = recipe.model
+    latents = torch.randn(images, model.channels, model.side, model.side, device=device)
+    text = torch.randn(images, model.text_tokens, model.text_width, device=device)
+    mask = torch.ones(images, model.text_tokens, dtype=torch.bool, device=device)
+    return MicroBatch(latents, text, mask, draw(recipe, 0, torch.arange(images, device=device)))
 
 
 def machine() -> dict[str, Any]:

@@ -11,10 +11,9 @@ from statistics import median
 
 import torch
 
-from benchmarks.harness import Row
+from benchmarks.harness import Row, random_batch
 from ecdit.assemble import assemble_engine, start_topology
-from ecdit.diffusion.draws import draw
-from ecdit.diffusion.objective import MicroBatch, objective, to_differentiate
+from ecdit.diffusion.objective import objective, to_differentiate
 from ecdit.recipe import Recipe
 from ecdit.recipe_io import parse_recipe
 from launcher.plan import plan
@@ -85,7 +84,7 @@ def measure(recipe: Recipe) -> tuple[float, int, int]:
     """Seconds of a step, the most bytes allocated, and held by the allocator, of its process so far."""
     place = start_topology(recipe)
     engine = assemble_engine(recipe, place)
-    batch = _batch(recipe, place.device)
+    batch = random_batch(recipe, recipe.train.micro_batch, place.device)
     count = recipe.train.batch // recipe.train.micro_batch
 
     def loss(model, micro, hidden):
@@ -112,11 +111,3 @@ def measure(recipe: Recipe) -> tuple[float, int, int]:
     if place.device.type == "cuda":
         torch.cuda.empty_cache()
     return median(times[1:]), most, held
-
-
-def _batch(recipe: Recipe, device: torch.device) -> MicroBatch:
-    model, images = recipe.model, recipe.train.micro_batch
-    latents = torch.randn(images, model.channels, model.side, model.side, device=device)
-    text = torch.randn(images, model.text_tokens, model.text_width, device=device)
-    mask = torch.ones(images, model.text_tokens, dtype=torch.bool, device=device)
-    return MicroBatch(latents, text, mask, draw(recipe, 0, torch.arange(images, device=device)))

@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import checkpoint, moe
+from benchmarks import checkpoint, moe, plan
 from ecdit.cli import app
 
 
@@ -33,6 +33,15 @@ def test_the_checkpoint_benchmark_runs(tmp_path, monkeypatch):
     found = {row.name: row.milliseconds for row in checkpoint.rows()}
     assert len(found) == 5 and all(milliseconds >= 0 for milliseconds in found.values())
     assert not list(tmp_path.iterdir())
+
+
+def test_the_planners_benchmark_runs(monkeypatch, capsys):
+    model = {"layers": 4, "width": 64, "heads": 4, "kv_heads": 4, "experts": 8, "group_tokens": 256}
+    train = {"batch": 8, "micro_batch": 4, "precision": "fp32"}
+    monkeypatch.setattr(plan, "CASES", {"small": (model, train, 0.5), "huge": ({"size": "M"}, {"batch": 8}, 0.5)})
+    planned, measured = plan.rows()
+    assert measured.against == planned.name == "small: planned" and measured.ratio > 0
+    assert "huge: " in capsys.readouterr().err
 
 
 def test_an_unknown_benchmark_is_refused():
