@@ -15,7 +15,7 @@ quickstart: $(VENV)/.ready
 	$(PY) -m ecdit.cli evaluate runs/quickstart --suite shapes -n 25
 
 test: $(VENV)/.ready
-	$(PY) -m pytest -q -n 2 --dist loadfile
+	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.ready
 	$(PY) -m ruff check .

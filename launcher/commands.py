@@ -52,17 +52,27 @@ def launch(
         )
 
 
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    overrides: Overrides = None,
+    recipe: Annotated[Path | None, typer.Option(help="Tell what this recipe needs of it; exit 2 if it lacks.")] = None,
+    as_json: Json = False,
+) -> None:
     """Tell what this machine has and lacks, and what that costs. Exit code 1 where training cannot work here."""
-    from launcher.doctor import BROKEN, as_table, examine
+    from launcher.doctor import as_table, cannot_train, examine, for_recipe, require
 
+    if overrides and recipe is None:
+        raise UserError(f"{overrides[0]}: there is no recipe to change; name it: --recipe RECIPE")
+    loaded = load_recipe(recipe, overrides or ()) if recipe else None
     with console.status("Looking"):
         findings = examine()
+    shown = for_recipe(findings, loaded) if loaded else findings
     if as_json:
-        print(json.dumps([vars(one) for one in findings], indent=1))
+        print(json.dumps([vars(one) for one in shown], indent=1))
     else:
-        Console(width=max(Console().width, 100)).print(as_table(findings))
-    raise typer.Exit(int(any(one.state == BROKEN for one in findings)))
+        Console(width=max(Console().width, 100)).print(as_table(shown))
+    if loaded:
+        require(findings, loaded)
+    raise typer.Exit(int(cannot_train(findings)))
 
 
 def plan(

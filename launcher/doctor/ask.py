@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -21,41 +20,42 @@ ROOT = Path(launcher.__file__).parents[1]
 
 
 class NoAnswer(Exception):
-    """A program could not be started, or did not end in time."""
+    """A program could not be started, or did not end in time. `output`: what it said until then."""
+
+    def __init__(self, why: str, output: str = ""):
+        super().__init__(why)
+        self.output = output
 
 
 def ask(command: list[str], seconds: float, environment: dict[str, str] | None = None) -> tuple[int, str, str]:
     """Exit code, output and errors of a command. Raises NoAnswer."""
-    # files, not pipes: a child's child that hangs would keep a pipe open
+    # files, not pipes: what the command has started may hold a pipe open after its end
     with TemporaryFile("w+", errors="replace") as output, TemporaryFile("w+", errors="replace") as errors:
-        in_time = True
         try:
             process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=errors,
-                start_new_session=True,
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True,
                 env=os.environ | (environment or {}),
-            )
+            )  # fmt: skip
         except OSError as error:
             raise NoAnswer(f"{command[0]} cannot be started: {error.strerror}") from None
+        late, gone = False, True
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
-            in_time = False
-        finally:
-            left_behind = process.poll() is None and not _kill(process)
+            late = True
+        finally:  # Ctrl-C as well
+            if process.poll() is None:
+                gone = _kill(process)
         output.seek(0)
         errors.seek(0)
-        texts = output.read(), errors.read()
-    if not in_time:
-        raise NoAnswer(f"no answer within {seconds:g} s" + (", and it cannot be killed" if left_behind else ""))
-    return process.returncode, *texts
+        said, complained = output.read(), errors.read()
+    if late:
+        raise NoAnswer(f"no answer within {seconds:g} s" + ("" if gone else "; it cannot be killed either"), said)
+    return process.returncode, said, complained
 
 
 def _kill(process: subprocess.Popen) -> bool:
-    """Whether it is gone, and all that it started with it."""
+    """Whether it is gone, with all that it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(2)
@@ -68,25 +68,32 @@ def _kill(process: subprocess.Popen) -> bool:
 
 def last_line(text: str) -> str:
     """The last line that is not empty: where programs say what went wrong."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    return ([""] + [line.strip() for line in text.splitlines() if line.strip()])[-1]
 
 
 @cache
-def probe(name: str, seconds: float = PROBE_SECONDS) -> dict[str, dict]:
-    """What `probes.py` finds under a name, part by part; a part that it died or hung in has an "error" alone."""
+def probe(group: str, seconds: float = PROBE_SECONDS) -> dict[str, dict]:
+    """What a group of `probes.py` finds, by probe; {"error": why} for one that fails, dies or hangs."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    output, why = "", ""
-    command = [sys.executable, "-P", "-m", "launcher.doctor.probes", name]
-    with TemporaryFile("w+", dir=None) as told:
-        told.close()
     try:
-        code, output, errors = ask(command, seconds, {"PYTHONPATH": path})
-        why = "" if code == 0 else last_line(errors) or f"exit code {code}"
+        code, output, errors = ask(
+            [sys.executable, "-P", "-m", "launcher.doctor.probes", group], seconds, {"PYTHONPATH": path}
+        )
+        why = last_line(errors) if code > 0 else ""
+        why = why or (f"died of signal {-code}" if code < 0 else f"exit code {code}")
     except NoAnswer as error:
-        why = str(error)
-    return _parts(output, why)
+        output, why = error.output, str(error)
+    return told(output, why)
 
 
-def _parts(output: str, why: str) -> Iterator[tuple[str, dict]]:
-    raise NotImplementedError(json, output, why)
+def told(output: str, why: str) -> dict[str, dict]:
+    """A group's output: a line `BEGIN name` before each probe, `FOUND name {...}` after it. why: how it ended."""
+    found = {}
+    for line in output.splitlines():
+        word, _, rest = line.partition(" ")
+        if word == "BEGIN":
+            found[rest] = {"error": why}
+        elif word == "FOUND":
+            name, _, text = rest.partition(" ")
+            found[name] = json.loads(text)
+    return found
