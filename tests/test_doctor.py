@@ -110,16 +110,25 @@ def test_what_cannot_be_started_is_no_answer(tmp_path):
 
 def test_the_probe_that_dies_is_told_from_those_before_it():
     output = 'BEGIN cuda\nFOUND cuda {"available": true}\nBEGIN product\n'
-    assert ask.told(output, "died of signal 11") == {
-        "cuda": {"available": True}, "product": {"error": "died of signal 11"}
-    }  # fmt: skip
+    assert ask.told(output, "died of signal 11", ["cuda", "product", "nccl"]) == {
+        "cuda": {"available": True},
+        "product": {"error": "died of signal 11"},
+        "nccl": {"error": "not tried: died of signal 11"},
+    }
 
 
 def test_a_probe_that_hangs_is_told(monkeypatch, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import time; time.sleep(300)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert ask.probe("disk", 1) == {}  # it had not begun
-    assert machine.judge_disk(ask.probe("disk", 1).get("disk", {"error": "x"})).state == WARNING
+    monkeypatch.setattr(machine, "DISK_SECONDS", 1)
+    (found,) = machine.disk()
+    assert (found.state, found.found) == (WARNING, "not tried: no answer within 1 s")
+
+
+def test_a_python_that_cannot_start_a_probe_forbids_training(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    found = packages.needed()
+    assert [one.state for one in found] == [BROKEN] * 3 and doctor.cannot_train(found)
 
 
 def test_a_check_that_raises_costs_its_own_line_alone(monkeypatch):
@@ -261,11 +270,14 @@ def test_why_torch_cannot_use_the_gpus(monkeypatch, build, driver, hidden, state
     assert doctor.cannot_train(list(found.values())) == (state == BROKEN)
 
 
-def test_this_torch_is_held_against_a_driver_that_is_there(tmp_path, monkeypatch):
-    smi(tmp_path, monkeypatch, f"echo '{H200.replace('580.95.05', '390.1')}'")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+def test_a_driver_too_old_for_torch_is_told_with_the_one_it_needs(tmp_path, monkeypatch):
+    smi(tmp_path, monkeypatch, f"echo '{H200.replace('580.95.05', '535.104.05')}'")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    tried = {"torch": CUDA_BUILD, "cuda": {"available": False, "why": "", "names": []}}
+    monkeypatch.setattr(gpus, "probe", lambda group: tried)
     found = {one.name: one for one in gpus.gpus(tmp_path)}
-    assert found["GPU driver"].found == "390.1" and found["GPUs"].state == BROKEN, found
+    assert found["GPU driver"].found == "535.104.05"
+    assert found["GPUs"].state == BROKEN and "580 or newer" in found["GPUs"].costs
 
 
 SEEN = {"cuda": {"available": True, "why": "", "names": ["NVIDIA H200"] * 2}}

@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 import launcher
+from launcher.doctor.probes import GROUPS
 
 PROBE_SECONDS = 180  # importing torch from a network file system takes most
 ROOT = Path(launcher.__file__).parents[1]
@@ -75,25 +76,24 @@ def last_line(text: str) -> str:
 def probe(group: str, seconds: float = PROBE_SECONDS) -> dict[str, dict]:
     """What a group of `probes.py` finds, by probe; {"error": why} for one that fails, dies or hangs."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    code = f"from launcher.doctor.probes import main; main({group!r})"
     try:
-        code, output, errors = ask(
-            [sys.executable, "-P", "-m", "launcher.doctor.probes", group], seconds, {"PYTHONPATH": path}
-        )
-        why = last_line(errors) if code > 0 else ""
-        why = why or (f"died of signal {-code}" if code < 0 else f"exit code {code}")
+        status, output, errors = ask([sys.executable, "-P", "-c", code], seconds, {"PYTHONPATH": path})
+        why = last_line(errors) if status > 0 else ""
+        why = why or (f"died of signal {-status}" if status < 0 else f"exit code {status}")
     except NoAnswer as error:
         output, why = error.output, str(error)
-    return told(output, why)
+    return told(output, why, list(GROUPS[group]))
 
 
-def told(output: str, why: str) -> dict[str, dict]:
+def told(output: str, why: str, names: list[str]) -> dict[str, dict]:
     """A group's output: a line `BEGIN name` before each probe, `FOUND name {...}` after it. why: how it ended."""
-    found = {}
+    found = {name: {"error": f"not tried: {why}"} for name in names}
     for line in output.splitlines():
         word, _, rest = line.partition(" ")
-        if word == "BEGIN":
-            found[rest] = {"error": why}
-        elif word == "FOUND":
-            name, _, text = rest.partition(" ")
+        name, _, text = rest.partition(" ")
+        if name in found and word == "BEGIN":
+            found[name] = {"error": why}
+        elif name in found and word == "FOUND":
             found[name] = json.loads(text)
     return found

@@ -1,6 +1,6 @@
 """What may hang, crash or talk too much when it is tried: run by `ask.probe` in a process of its own.
 
-`python -m launcher.doctor.probes GROUP` says `BEGIN name` and `FOUND name {...}` for every probe of the group.
+`main(GROUP)` says `BEGIN name` and `FOUND name {...}` for every probe of the group.
 """
 
 import importlib
@@ -115,7 +115,3 @@ def main(group: str) -> None:
             first = (str(error).strip().splitlines() or [""])[0]
             found = {"error": f"{type(error).__name__}: {first}".strip(": ")}
         print("FOUND", name, json.dumps(found), file=say, flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
