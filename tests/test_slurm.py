@@ -15,7 +15,8 @@ from tests.test_train import TINY
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 NODES = 4
 SMALL = [*TINY, "train.batch=16", "log.samples=true", "log.grid_every=0"]
-SLOW = [*SMALL, "train.steps=150", "train.batch=64", "checkpoint.every=10"]  # long enough to be caught in the middle
+# long enough to be caught in the middle, and alike however long it is
+SLOW = [*SMALL, "train.steps=150", "train.batch=64", "checkpoint.every=10", "optimizer.schedule=constant"]
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +139,8 @@ def test_a_scaling_study_fills_its_table_and_plot(lab):
 @pytest.mark.slow
 def test_a_time_limit_in_the_middle_is_obeyed_by_the_clock(lab, undisturbed):
     """The same as the signal that is sent by hand, but by SLURM's own clock, which it looks at every 30 seconds."""
-    keys = ["run=limited", "cluster.preflight=false", "cluster.time='2:00'", "cluster.signal_seconds=90", *SLOW]
-    keys += ["train.steps=1500", "train.batch=64"]
+    keys = ["run=limited", "cluster.preflight=false", "cluster.time='2:00'", "cluster.signal_seconds=60", *SLOW]
+    keys += ["train.steps=1000"]
     lab("ecdit", "launch", "recipes/quickstart.yaml", "--nodes", "2", *keys)
     status = lab.wait("limited", lambda status: status["state"] == "requeued")
     assert status["why"] == "SIGUSR1", lab.log("limited")
