@@ -21,6 +21,8 @@ setup(
         "torch>=2.11",
         "megatron-core>=0.16.1,<0.17",
         "mosaicml-streaming>=0.13,<0.14",
+        "filelock>=3.13",
+        "fsspec[http]>=2024.6",
         "matplotlib>=3.9",
         "numpy>=1.26",
         "pillow>=10",
@@ -38,6 +40,7 @@ setup(
         "deepspeed": ["deepspeed>=0.19"],
         "encoders": ENCODERS,
         "eval": ["scipy>=1.13"],
+        "parquet": ["pyarrow>=17"],
         "wandb": ["wandb>=0.18"],
         "test": [
             *ENCODERS,

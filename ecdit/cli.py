@@ -13,13 +13,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ecdit.data import commands as data_commands
 from ecdit.errors import UserError
 from ecdit.recipe_io import load_recipe
 from ecdit.run import Run
 from ecdit.stop import StopRequest
-from ecdit.terminal import Json, Overrides, RecipeFile, RunFolder, RunsFolder, console
+from ecdit.terminal import Json, Overrides, RecipeFile, RunFolder, RunsFolder, console, join_job
 from launcher import commands as cluster_commands
-from parallel.job import JobError, adopt_slurm, under_srun
+from parallel.job import under_srun
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__.splitlines()[0], rich_markup_mode=None)
 
@@ -32,7 +33,7 @@ def train(
 ) -> None:
     """Train a recipe in runs/NAME; the same command resumes. Ctrl-C saves and exits with 75."""
     stop = StopRequest().listen()
-    _join_job()
+    join_job()
     loaded = load_recipe(recipe, overrides or ())
     from ecdit.callbacks.grid import PictureGrid
     from ecdit.callbacks.metrics import JsonLines, TensorBoard, Wandb
@@ -48,13 +49,6 @@ def train(
     code = run_training(loaded, runs, callbacks, stop)
     # srun ends the other tasks when one exits with a code, and passes on none: there status.json says the rest
     raise typer.Exit(DONE if code == STOPPED and under_srun() else code)
-
-
-def _join_job() -> None:
-    try:
-        adopt_slurm()
-    except JobError as error:
-        raise UserError(str(error)) from None
 
 
 @app.command()
@@ -116,20 +110,6 @@ def evaluate(
         print(text)
     else:
         Console().print(as_table(scores))
-
-
-@app.command()
-def prepare(
-    source: Annotated[str, typer.Argument(help="shapes, a WebDataset tar, an image folder, or a parquet file.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the MDS shards.")],
-    resolution: Annotated[int | None, typer.Option(min=8, help="Side of the pictures; shapes are always 32.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Pictures to make; for shapes alone.")] = 20_000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the pictures; for shapes alone.")] = 0,
-) -> None:
-    """Turn image-text pairs into MDS shards, or make the embedded data set of coloured shapes."""
-    from ecdit.data.prepare import prepare as run_prepare
-
-    run_prepare(source, out, resolution=resolution, count=count, seed=seed)
 
 
 @app.command()
@@ -215,6 +195,7 @@ def bench(
         json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
+data_commands.register(app)
 cluster_commands.register(app)
 
 

@@ -6,14 +6,12 @@ a data set or a device, so that a run that starts has no mistake of this kind le
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import Field, PlainValidator, model_validator
 
 from ecdit.model.sizes import SIZES
+from ecdit.recipe_data import DataRecipe
 from ecdit.recipe_rules import divides, layout_divides
-
-PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+from ecdit.recipe_section import PositiveFloat, PositiveInt, Section, Share
 
 
 def _ratio(value):
@@ -29,12 +27,6 @@ def _ratio(value):
     if list(steps) != sorted(set(steps)):
         raise ValueError("the steps ascend")
     return value
-
-
-class Section(BaseModel):
-    """A part of a recipe: immutable, and strict about names and types."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class DecoderRecipe(Section):
@@ -155,27 +147,6 @@ class ModelRecipe(Section):
                 f"@capacity_factor: {self.capacity_factor:g} is over experts: {self.experts}; an expert cannot "
                 f"take more than all tokens of a group, so at most {self.experts}"
             )
-
-
-class StreamRecipe(Section):
-    """A folder of MDS shards."""
-
-    path: str = Field(description="Local folder with index.json and the shards.")
-
-
-class DataRecipe(Section):
-    """Where images and captions come from, and the frozen encoders that read them."""
-
-    streams: list[StreamRecipe] = Field(min_length=1, description="Folders of shards; their samples are mixed.")
-    text_encoder: str = Field(
-        "hash", description="hash, or a T5-family encoder: a local folder or hub name (transformers)."
-    )
-    autoencoder: str = Field(
-        "pixels", description="pixels, or an AutoencoderKL: a local folder or hub name (diffusers)."
-    )
-    resolution: PositiveInt = Field(256, description="Side of the pictures in the shards.")
-    shuffle: bool = Field(True, description="Shuffle the samples, anew in every epoch.")
-    workers: Annotated[int, Field(ge=0)] = Field(2, description="Processes that read ahead; 0: none.")
 
 
 class TimeRecipe(Section):
@@ -375,6 +346,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _batchdivides(self):
         divides(self.train.micro_batch, self.train.batch, "train.micro_batch", "train.batch")
+        divides(self.data.canonical_nodes, self.train.batch, "data.canonical_nodes", "train.batch")
         return self
 
     @model_validator(mode="after")

@@ -6,6 +6,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ecdit.errors import UserError
+from parallel.job import JobError, adopt_slurm
+
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as recipes/quickstart.yaml.")]
@@ -13,3 +16,11 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/quickstart.")]
 RunsFolder = Annotated[Path, typer.Option("--runs", help="Folder that holds the run folders.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+
+
+def join_job() -> None:
+    """Takes this process's place in the job of srun, where that started it. Raises UserError where it cannot."""
+    try:
+        adopt_slurm()
+    except JobError as error:
+        raise UserError(str(error)) from None

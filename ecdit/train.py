@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ecdit.assemble import DTYPES, assemble_engine, check_job, start_topology
 from ecdit.callbacks import Callback
-from ecdit.data.encoders import load_checked_autoencoder, load_text_encoder
-from ecdit.data.stream import Batch, TrainStream
-from ecdit.diffusion.draws import draw, drop_captions
+from ecdit.data.inputs import Inputs, open_stream
+from ecdit.data.stream import Batch
+from ecdit.diffusion.draws import draw
 from ecdit.diffusion.masking import keep_count, ratio_at
 from ecdit.diffusion.objective import MicroBatch, objective, to_differentiate
 from ecdit.errors import UserError
@@ -80,14 +80,7 @@ class Trainer:
         device = place.device
         check_job(recipe, place)
         self.stream = open_stream(recipe, self.topology.data_rank, self.topology.data_ranks)
-        self.text_encoder = load_text_encoder(
-            recipe.data.text_encoder,
-            width=recipe.model.text_width,
-            tokens=recipe.model.text_tokens,
-            device=device,
-            dtype=DTYPES[recipe.train.precision],
-        )
-        self.autoencoder = load_checked_autoencoder(recipe, device)
+        self.inputs = Inputs(recipe, self.stream.encoded, place, DTYPES[recipe.train.precision])
         self.engine = assemble_engine(recipe, place)
         routed = [layer for layer in range(recipe.model.layers) if recipe.model.sparse(layer) and recipe.model.grouped]
         self._routed = routed, [layer for layer in routed if str(layer) in self.engine.model.blocks]
@@ -138,10 +131,11 @@ class Trainer:
 
     def _loop(self) -> int:
         self._status(state="running", why="", kind="", step=self.progress.step, ranks=self.topology.ranks)
-        batches = self.stream.batches(self.progress.step)
+        batches = self.stream.batches(self.progress.step, self.topology.device)
         while self.progress.step < self.recipe.train.steps:
             with self._watchdog.step(), self._measured():
-                record, stop = self._step(next(batches)), self.topology.agree(self._stop.signal is not None)
+                record = self._step(batches)
+                stop = self.topology.agree(self._stop.signal is not None)
             self._report(record)
             self._tell_of_save()
             if self.progress.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
@@ -157,8 +151,10 @@ class Trainer:
                 self._save()
         return DONE
 
-    def _step(self, batch: Batch) -> dict[str, Any]:
+    def _step(self, batches: Iterator[Batch]) -> dict[str, Any]:
         recipe, step, began = self.recipe, self.progress.step, time.perf_counter()
+        batch = next(batches)
+        waited = time.perf_counter() - began
         logged = (step + 1) % recipe.log.every == 0 or step + 1 == recipe.train.steps
         device, images = self.topology.device, recipe.train.batch // self.topology.data_ranks
         routing = RoutingStatistics(*self._routed, device)
@@ -193,10 +189,11 @@ class Trainer:
             "images_per_s": recipe.train.batch / seconds,
             "mfu": self._step_flops(step) / seconds / self.peak,
             "seconds": seconds,
+            "waited": waited,
             "skipped": self.progress.skipped,
             **({"memory": self.topology.memory()} if logged else {}),
             **(routing.record(self.topology.sum(routing.sums())) if logged else {}),
-            **({"sample_ids": self.topology.gather(batch.keys)} if recipe.log.samples else {}),
+            **({"sample_ids": self.topology.gather(batch.samples.keys)} if recipe.log.samples else {}),
             "logged": logged,
         }
 
@@ -214,14 +211,13 @@ class Trainer:
 
     def _micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
         device, size = self.topology.device, self.recipe.train.micro_batch
-        for first in range(0, len(batch.captions), size):
+        for first in range(0, len(batch.positions), size):
             part = slice(first, first + size)
-            positions = batch.positions[part]
-            captions = drop_captions(self.recipe, batch.step, positions, batch.captions[part])
-            text, mask = self.text_encoder(captions)
-            latents = self.autoencoder.encode(batch.images[part].to(device))
+            samples, positions = batch.samples[part], batch.positions[part]
+            text, mask = self.inputs.text(batch.step, samples, positions)
+            latents = self.inputs.latents(batch.step, samples, positions)
             draws = draw(self.recipe, batch.step, positions.to(device))
-            yield MicroBatch(latents.float(), text, mask, draws)
+            yield MicroBatch(latents, text, mask, draws)
 
     def _count(self, *, applied: bool) -> None:
         self.progress.step += 1
@@ -329,21 +325,6 @@ class Trainer:
     def _status(self, **changes: Any) -> None:
         if self.topology.first:
             update_status(self.run.folder, **changes)
-
-
-def open_stream(recipe: Recipe, data_rank: int, data_ranks: int) -> TrainStream:
-    """The recipe's data for one rank; shards are checked first. Raises UserError for what is missing or damaged."""
-    data = recipe.data
-    return TrainStream(
-        [Path(stream.path) for stream in data.streams],
-        batch=recipe.train.batch,
-        data_rank=data_rank,
-        data_ranks=data_ranks,
-        seed=recipe.train.seed,
-        shuffle=data.shuffle,
-        workers=data.workers,
-        resolution=data.resolution,
-    )
 
 
 def train(recipe: Recipe, runs: Path, callbacks: list[Callback], stop: StopRequest | None = None) -> int:

@@ -105,7 +105,7 @@ def _disk(run: Path) -> list[str]:
 
 
 def _shards(recipe: Recipe) -> list[str]:
-    from ecdit.train import open_stream
+    from ecdit.data.inputs import open_stream
 
     try:
         open_stream(recipe, 0, 1)

@@ -20,6 +20,7 @@ may span tensor ranks: each of these has tokens of its own.
 
 import os
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -121,6 +122,20 @@ class Topology:
         parts: list[list] = [[]] * self.data_ranks
         dist.all_gather_object(parts, items, group=self.groups.dp)
         return [item for part in parts for item in part]
+
+    def shared(self, rows: int, compute: Callable[[slice], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+        """compute(all rows), each tensor rank doing its part of them where they divide. No gradients."""
+        lots = self.layout.tensor
+        if lots == 1 or rows % lots:
+            return compute(slice(0, rows))
+        size, rank = rows // lots, self.groups.tp.rank()
+        parts = compute(slice(rank * size, (rank + 1) * size))
+        found = []
+        for part in parts:
+            whole = part.new_empty(rows, *part.shape[1:])
+            dist.all_gather_into_tensor(whole, part.contiguous(), group=self.groups.tp)
+            found.append(whole)
+        return tuple(found)
 
     def agree(self, flag: bool) -> bool:
         """Whether any rank raised the flag: all ranks get the same answer."""

@@ -22,7 +22,9 @@ class PictureGrid(Callback):
         if not every or record["step"] % every:
             return
         with trainer.engine.averaged() as model:
-            samples = self._draw(trainer, Sampler(model, trainer.recipe, trainer.text_encoder, trainer.autoencoder))
+            samples = self._draw(
+                trainer, Sampler(model, trainer.recipe, trainer.inputs.text_encoder, trainer.inputs.autoencoder)
+            )
         if trainer.topology.first:
             trainer.run.samples.mkdir(parents=True, exist_ok=True)
             file = trainer.run.samples / f"step-{trainer.progress.step}.png"

@@ -1,158 +1,262 @@
-"""The ordered global batch: which samples a step has, in which order, as a function of (data, seed, step).
+"""The batches of one data rank: its slice of every step's ordered global batch, read ahead and brought to the device.
 
-streaming's loader keeps the set of a global batch when the number of ranks changes, not the order in it. So the order
-comes from streaming's shuffle, a pure function, for one canonical rank; samples are read by streaming's shard readers
-by their index. No state lives in a rank: resuming is asking for another step.
+The order is `ecdit.data.order`'s, a pure function, so that no state lives in a rank: streaming's StreamingDataset keeps
+the set of a global batch when the number of ranks changes, not the order in it, and holds it in shared memory. Samples
+are read by streaming's shard readers.
 
-Shapes: `b` images of this rank, `R` pixels a side.
+Shapes: `b` samples of this rank.
 """
 
-import io
+import itertools
+import math
 import signal
-from bisect import bisect_right
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from ecdit.data.shards import open_shards
-from ecdit.data.streaming_import import get_shuffle
+from ecdit.data.cache import CacheSettings
+from ecdit.data.encoded import Encoded, read_encoded
+from ecdit.data.order import BLOCK, CYCLE, Order, Passes, rows_of_cycle
+from ecdit.data.samples import PICTURE_COLUMNS, Samples, SampleSet
+from ecdit.data.shards import ShardFolder
 from ecdit.errors import UserError
-
-SHUFFLE = "py1e"  # streaming's default: samples of nearby shards mix, so that shards are read one after the other
+from parallel.philox import key_of, uniform
 
 
 @dataclass
 class Batch:
-    """One rank's slice of a step's global batch.
-
-    images (b, 3, R, R) uint8; positions (b,) int64: the samples' places in the global batch.
-    """
+    """One rank's slice of a step's global batch. positions (b,) int64: the samples' places in the global batch."""
 
     step: int
-    images: Tensor
-    captions: list[str]
-    keys: list[str]
+    samples: Samples
     positions: Tensor
 
 
 class TrainStream:
-    """Endless batches over all samples of some folders of shards.
+    """Endless batches over the samples of some folders or URLs of shards.
 
-    An epoch is as many whole global batches as the samples fill; the rest is left out, another one every epoch.
-    Raises UserError for shards that are missing or damaged, and for fewer samples than a batch.
+    shares: each source's share of the samples; None: all sources are one set, each sample as frequent as any other.
+    nodes: canonical nodes, see `ecdit.data.order`. predownload: samples ahead of the step for which a rank fetches
+    shards that are elsewhere. Raises UserError for shards that are missing or damaged, for sources that do not go
+    together, and for fewer samples than a batch.
     """
 
     def __init__(
         self,
-        folders: list[Path],
+        sources: list[Path | str],
         *,
         batch: int,
         resolution: int,
+        shares: list[float] | None = None,
+        text_tokens: int = 0,
         data_rank: int = 0,
         data_ranks: int = 1,
+        nodes: int = 1,
         seed: int = 0,
         shuffle: bool = True,
         workers: int = 0,
+        cache: CacheSettings | None = None,
+        predownload: int = 0,
     ):
-        self._samples = _Samples(folders, resolution)
-        self.batch, self.seed, self.shuffle, self.workers = batch, seed, shuffle, workers
+        folders = [ShardFolder(str(source), cache) for source in sources]
+        for folder in folders:
+            folder.check()
+        self.encoded = _common_contents(folders)
+        groups = [folders] if shares is None else [[folder] for folder in folders]
+        exact = [Fraction(str(share)) for share in shares or [1]]
+        exact = [share / sum(exact) for share in exact]
+        factor = self.encoded.pictures.factor if self.encoded.pictures else 1
+        self._samples = SampleSet(groups, resolution, resolution // factor, text_tokens)
+        self._batch, self._seed, self._workers = batch, seed, workers
+        self._cached = any(folder.cached for folder in folders)
+        self._predownload = predownload
+        _check_sizes(groups, exact, batch, nodes, cache)
+        passes = [Passes([size for folder in group for size in folder.sizes], nodes, seed, shuffle) for group in groups]
+        self._order = Order(passes, exact, batch, nodes, seed)
         size = batch // data_ranks
         self._slice = slice(data_rank * size, (data_rank + 1) * size)
-        self.steps_per_epoch = len(self._samples) // batch
-        if not self.steps_per_epoch:
-            raise UserError(
-                f"train.batch: {batch} is more than the {len(self._samples)} samples of data.streams; "
-                f"try at most {len(self._samples)}"
-            )
-        self._epoch, self._order = -1, np.empty((0, batch), np.int64)
 
-    def ids(self, step: int) -> list[int]:
-        """The whole ordered global batch of a step, as sample numbers over all folders."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            order = np.arange(len(self._samples))
-            if self.shuffle:
-                order = get_shuffle(SHUFFLE, self._samples.shard_sizes, 1, self.seed, epoch)
-            used = self.steps_per_epoch * self.batch
-            self._epoch, self._order = epoch, order[:used].reshape(-1, self.batch)
-        return self._order[place].tolist()
+    def choices(self, step: int) -> list[tuple[int, int, float]]:
+        """This rank's samples of a step: (group, number in it, the draw that picks a caption)."""
+        group, number = self._order.step(step)
+        positions = torch.arange(self._slice.start, self._slice.stop)
+        draws = uniform(key_of(self._seed, "caption", step), positions, 1)[:, 0]
+        return list(zip(group[self._slice].tolist(), number[self._slice].tolist(), draws.tolist(), strict=True))
 
-    def batches(self, step: int) -> Iterator[Batch]:
-        """This rank's slices of the batches of `step`, step + 1, ... without end."""
+    def batches(self, step: int, device: torch.device | None = None) -> Iterator[Batch]:
+        """This rank's slices of the batches of `step`, step + 1, ... without end, one ahead on the device."""
+        on_gpu = device is not None and device.type == "cuda"
         loader = DataLoader(
             self._samples,
             batch_sampler=_Steps(self, step),
-            num_workers=self.workers,
-            collate_fn=_collate,
-            prefetch_factor=2 if self.workers else None,
+            num_workers=self._workers,
+            collate_fn=self._samples.collate,
+            prefetch_factor=2 if self._workers else None,
             worker_init_fn=_leave_interrupts_to_the_main_process,
+            pin_memory=on_gpu,
         )
+        loaded = iter(loader)  # starts the workers: threads come after them
+        fetched = _FetchAhead(self, step, self._predownload) if self._cached else None
+        batches = self._numbered(loaded, step, fetched)
+        try:
+            yield from (_on_device(batches, device) if on_gpu else batches)
+        finally:
+            if fetched is not None:
+                fetched.stop()
+
+    def _numbered(self, loaded: Iterator, first: int, fetched: "_FetchAhead | None") -> Iterator[Batch]:
         positions = torch.arange(self._slice.start, self._slice.stop)
-        for number, loaded in enumerate(loader, start=step):
-            if isinstance(loaded, UserError):
-                raise loaded
-            yield Batch(number, *loaded, positions)
+        for step, samples in enumerate(loaded, start=first):
+            if isinstance(samples, UserError):
+                raise samples
+            if fetched is not None:
+                fetched.reached(step)
+            yield Batch(step, samples, positions)
 
 
 class _Steps:
-    """A batch sampler: the sample numbers of one rank, step by step."""
+    """A batch sampler: the samples of one rank, step by step."""
 
     def __init__(self, stream: TrainStream, first: int):
         self._stream, self._first = stream, first
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, float]]]:
         step = self._first
         while True:
-            yield self._stream.ids(step)[self._stream._slice]
+            yield self._stream.choices(step)
             step += 1
 
 
-class _Samples(Dataset):
-    """All samples of some folders by number. A sample that cannot be used is returned as the UserError that says so,
-    since an exception would reach the main process wrapped in a worker's traceback."""
+class _FetchAhead:
+    """A thread that has the shards of later steps here before they are asked for."""
 
-    def __init__(self, folders: list[Path], resolution: int):
-        self._readers = [reader for folder in folders for reader in open_shards(folder)]
-        self._resolution = resolution
-        self.shard_sizes = np.array([reader.samples for reader in self._readers], np.int64)
-        self._ends = self.shard_sizes.cumsum().tolist()
+    def __init__(self, stream: TrainStream, step: int, samples: int):
+        self._stream, self._at, self._ended = stream, step, False
+        size = stream._slice.stop - stream._slice.start
+        self._ahead = max(1, math.ceil(samples / size))
+        self._moved = threading.Condition()
+        threading.Thread(target=self._run, args=(step,), daemon=True, name="fetch shards").start()
 
-    def __len__(self) -> int:
-        return self._ends[-1]
+    def reached(self, step: int) -> None:
+        """The step that is asked for now."""
+        with self._moved:
+            self._at = step
+            self._moved.notify()
 
-    def __getitem__(self, number: int) -> tuple[Tensor, str, str] | UserError:
-        shard = bisect_right(self._ends, number)
-        reader = self._readers[shard]
-        sample = reader.get_item(number - self._ends[shard] + reader.samples)
-        key, side = sample["key"], self._resolution
-        try:
-            picture = sample["image"]
-            picture = Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture
-            pixels = np.asarray(picture.convert("RGB"))
-        except OSError as error:
-            return UserError(f"data.streams: {reader.dirname}: the picture of sample {key!r} is broken: {error}")
-        if pixels.shape[:2] != (side, side):
-            return UserError(
-                f"data.resolution: {side} is not what the shards have: sample {key!r} in {reader.dirname} is "
-                f"{pixels.shape[1]}x{pixels.shape[0]}"
-            )
-        return torch.from_numpy(pixels.copy()).permute(2, 0, 1), sample["caption"], key
+    def stop(self) -> None:
+        """Ends the thread after the shard that it fetches."""
+        with self._moved:
+            self._ended = True
+            self._moved.notify()
+
+    def _run(self, step: int) -> None:
+        for at in itertools.count(step):
+            self._wait_for(at - self._ahead)
+            for group, number, _ in self._stream.choices(at):
+                if self._ended:
+                    return
+                folder, index = self._stream._samples.folder_of(group, number)
+                try:
+                    folder.ensure(folder.shard_of(index))
+                except (OSError, UserError):
+                    return  # whoever reads the sample meets the same, and tells of it
+
+    def _wait_for(self, step: int) -> None:
+        with self._moved:
+            self._moved.wait_for(lambda: self._ended or self._at >= step)
+
+
+def _on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches on a GPU, one ahead: its copy runs beside the step before."""
+    side = torch.cuda.Stream(device)
+
+    def copied(batch: Batch) -> Batch:
+        with torch.cuda.stream(side):
+            return replace(batch, samples=batch.samples.to(device))
+
+    ahead = copied(next(batches))
+    while True:
+        torch.cuda.current_stream(device).wait_stream(side)
+        now = ahead
+        for value in vars(now.samples).values():
+            if isinstance(value, Tensor):
+                value.record_stream(torch.cuda.current_stream(device))
+        ahead = copied(next(batches))
+        yield now
 
 
 def _leave_interrupts_to_the_main_process(_worker: int) -> None:
     """Ctrl-C reaches all processes of a terminal; the main one still wants the batch of the step that it finishes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
 
 
-def _collate(samples: list) -> tuple[Tensor, list[str], list[str]] | UserError:
-    for sample in samples:
-        if isinstance(sample, UserError):
-            return sample
-    images, captions, keys = zip(*samples, strict=True)
-    return torch.stack(images), list(captions), list(keys)
+def _common_contents(folders: list[ShardFolder]) -> Encoded:
+    """What the sources' shards hold. Raises UserError where that is not enough, or not the same in all."""
+    contents = [_contents(folder) for folder in folders]
+    for folder, found in zip(folders, contents, strict=True):
+        if found != contents[0]:
+            raise UserError(
+                f"data.streams: {folder.source} holds {_told(found)}, and {folders[0].source} holds "
+                f"{_told(contents[0])}; streams are mixed only where all hold the same"
+            )
+    return contents[0][2]
+
+
+def _contents(folder: ShardFolder) -> tuple[str, bool, Encoded]:
+    has = set(folder.columns)
+    picture = next((column for column in PICTURE_COLUMNS if column in has), None)
+    missing = [name for name, there in (("image", picture), ("key", "key" in has)) if not there]
+    if not has & {"caption", "captions"}:
+        missing.append("caption")
+    if missing:
+        raise UserError(
+            f"data.streams: {folder.source}: the shards have no column {missing[0]!r}; they have "
+            f"{', '.join(folder.columns)}; `ecdit prepare` writes what is needed, from MDS shards too"
+        )
+    encoded = read_encoded(folder.source)
+    if (picture != "image" and encoded.pictures is None) or ("text" in has and encoded.text is None):
+        raise UserError(
+            f"data.streams: {folder.source}: encoded.json is missing or does not say whose latents these are"
+        )
+    if picture == "image":
+        encoded = replace(encoded, pictures=None)  # kept beside latents, they are what is read
+    return picture, "text" in has, encoded
+
+
+def _told(contents: tuple[str, bool, Encoded]) -> str:
+    picture, embedded, encoded = contents
+    whose = f" of {encoded.pictures.autoencoder}" if encoded.pictures else ""
+    text = f"embeddings of {encoded.text.text_encoder}" if embedded else "captions"
+    return f"{'pictures' if picture == 'image' else 'latents'}{whose} with {text}"
+
+
+def _check_sizes(
+    groups: list[list[ShardFolder]], shares: list[Fraction], batch: int, nodes: int, cache: CacheSettings | None
+) -> None:
+    needed, counts = 0.0, rows_of_cycle(shares)
+    for group, share, rows in zip(groups, shares, counts, strict=True):
+        samples, name = sum(len(folder) for folder in group), group[0].source
+        if not rows:
+            raise UserError(f"data.streams: {name}: a proportion of {float(share):.2g} is under one in {CYCLE}")
+        if share * batch > samples:
+            raise UserError(
+                f"train.batch: {batch} is more than the {samples} samples of data.streams; "
+                f"try at most {int(samples / share)}"
+            )
+        if min(np.sum(folder.sizes) for folder in group) < nodes:
+            raise UserError(f"data.canonical_nodes: {nodes} is more than the {samples} samples of {name}")
+        total = sum(folder.bytes for folder in group if folder.cached)
+        needed += min(total, 1.25 * BLOCK * total / samples)
+    if cache is not None and cache.limit is not None and needed > cache.limit:
+        raise UserError(
+            f"data.cache.limit: {cache.limit / 2**30:.3g} GiB do not hold the shards that are read at a time, over "
+            f"which {BLOCK} samples are shuffled; at least {math.ceil(10 * needed / 2**30) / 10:g}"
+        )

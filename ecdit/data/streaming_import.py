@@ -15,7 +15,20 @@ if "streaming" not in sys.modules:
     sys.modules.setdefault("streaming.vision", types.ModuleType("streaming.vision"))
 
 from streaming import MDSWriter, StreamingDataset
+from streaming.base.compression import decompress
 from streaming.base.format import Reader, reader_from_json
+from streaming.base.hashing import get_hash
 from streaming.base.shuffle import get_shuffle
+from streaming.base.storage.download import DOWNLOADER_MAPPINGS, CloudDownloader
 
-__all__ = ["MDSWriter", "Reader", "StreamingDataset", "get_shuffle", "reader_from_json"]
+__all__ = [
+    "DOWNLOADER_MAPPINGS",
+    "CloudDownloader",
+    "MDSWriter",
+    "Reader",
+    "StreamingDataset",
+    "decompress",
+    "get_hash",
+    "get_shuffle",
+    "reader_from_json",
+]

@@ -40,11 +40,17 @@ def draw(recipe: Recipe, step: int, positions: Tensor) -> Draws:
     return Draws(noise.view(-1, *latent), t, keep)
 
 
-def drop_captions(recipe: Recipe, step: int, positions: Tensor, captions: list[str]) -> list[str]:
-    """Replaces the share `diffusion.text_drop` of the captions by the empty one. positions (b,) on the CPU."""
-    chance = uniform(key_of(recipe.train.seed, "text", step), positions, 1)[:, 0]
-    dropped = (chance < recipe.diffusion.text_drop).tolist()
-    return ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
+def dropped_captions(recipe: Recipe, step: int, positions: Tensor) -> Tensor:
+    """(b,) True for the share `diffusion.text_drop` of the captions, which the empty one stands for. On positions'
+    device."""
+    return uniform(key_of(recipe.train.seed, "text", step), positions, 1)[:, 0] < recipe.diffusion.text_drop
+
+
+def posterior_noise(recipe: Recipe, step: int, positions: Tensor) -> Tensor:
+    """Noise (b, c, h, w) that draws latents from the autoencoder's posterior."""
+    channels, side = recipe.model.channels, recipe.model.side
+    drawn = normal(key_of(recipe.train.seed, "posterior", step), positions, channels * side**2)
+    return drawn.view(-1, channels, side, side)
 
 
 def seed_noise(seeds: list[int], channels: int, side: int, device: torch.device) -> Tensor:

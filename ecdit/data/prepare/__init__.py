@@ -1,0 +1,195 @@
+"""Any source of image-text pairs to MDS shards, by many processes and ranks, resumable, whole or absent.
+
+A source is cut into parts by itself alone (`ecdit.data.sources`). A process turns a part into shards in a folder of
+its own, which appears by a rename; a preparation that was killed goes on with the parts that are not there. So the
+shards are the same however many processes there are and however often they were stopped.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ecdit.data.encoded import ENCODED
+from ecdit.data.prepare.part import COUNTS, REPORT, Counts, folder_of
+from ecdit.data.prepare.settings import Settings
+from ecdit.data.prepare.work import Work
+from ecdit.data.shapes import as_json, make
+from ecdit.data.shards import INDEX, write_shards
+from ecdit.data.sources import Part, find_parts
+from ecdit.errors import UserError
+from parallel.crew import Crew
+
+SETTINGS, PLAN = "prepare.json", "plan.json"
+NAMED = 5  # of the pairs that were left out, in the message that nothing is left
+
+
+def prepare_shapes(out: Path, *, count: int, seed: int) -> None:
+    """Writes the embedded data set. Asked again for what is there already, it does nothing."""
+    settings = {"source": "shapes", "count": count, "seed": seed}
+    if _already_there(out, settings):
+        return
+    partial = _partial(out)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    samples = (
+        {
+            "image": Image.fromarray(sample.image),
+            "caption": sample.caption,
+            "key": f"shapes-{seed}-{index}",
+            "scene": as_json(sample.scene),
+        }
+        for index in range(count)
+        for sample in (make(seed, index),)
+    )
+    columns = {"image": "png", "caption": "str", "key": "str", "scene": "json"}
+    written = write_shards(samples, partial, columns)
+    (partial / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    partial.rename(out)
+    _say(f"{written} samples in {out}.")
+
+
+def prepare(settings: Settings, out: Path, *, workers: int, crew: Crew | None = None) -> None:
+    """Writes the shards of a source to the folder `out`, which is whole or absent; parts lie in OUT.partial till then.
+
+    All ranks of `crew` call it. Asked again for what is there already, it does nothing. Raises UserError for a source
+    that is absent, of an unknown kind or without a usable pair, and for an `out` that holds something else.
+    """
+    crew = crew or Crew()
+    if _already_there(out, settings.as_dict()):
+        return
+    parts = find_parts(settings.source, settings.columns, settings.part)
+    partial = _partial(out)
+    if crew.first:
+        _begin(partial, settings, parts)
+    crew.meet()
+    work = Work(parts, partial, settings, workers, crew)
+    work.run()
+    crew.meet()
+    if crew.first:
+        counts = _merge(partial, len(parts))
+        if not counts.pairs:
+            _refuse(settings.source, partial, counts)
+        _finish(partial, out, settings, counts, work.describe_encoders())
+        _tell(counts, out)
+    crew.meet()
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def _already_there(out: Path, settings: dict[str, Any]) -> bool:
+    if not out.exists():
+        return False
+    found = None
+    if (out / INDEX).exists() and (out / SETTINGS).exists():
+        found = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+    if found is None:
+        raise UserError(f"{out}: holds something else than shards; choose another folder, or remove this one")
+    asked = json.loads(json.dumps(settings))
+    differs = [key for key in asked if found.get(key) != asked[key]]
+    if differs:
+        told = ", ".join(f"{key} {found.get(key)!r} instead of {asked[key]!r}" for key in differs)
+        raise UserError(f"{out}: holds shards with {told}: choose another folder, or remove this one")
+    _say(f"{out} is there already.")
+    return True
+
+
+def _begin(work: Path, settings: Settings, parts: list[Part]) -> None:
+    """Settles what is prepared in the folder. Raises UserError where it was begun for something else."""
+    names = "\n".join(f"{part.name} {part.size}" for part in parts)
+    digest = hashlib.blake2b(names.encode(), digest_size=16).hexdigest()
+    plan = json.loads(json.dumps({"settings": settings.as_dict(), "parts": len(parts), "names": digest}))
+    file = work / PLAN
+    if not file.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        with _written(file) as new:
+            new.write_text(json.dumps(plan, indent=1), encoding="utf-8")
+        return
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if found != plan:
+        what = "from another state of the source" if found["settings"] == plan["settings"] else "with other settings"
+        raise UserError(f"{work}: holds a preparation that was begun {what}; remove it, or choose another folder")
+    done = sum((work / folder_of(number)).exists() for number in range(len(parts)))
+    _say(f"Going on in {work}: {done} of {len(parts)} parts are done.")
+
+
+def _merge(work: Path, parts: int) -> Counts:
+    """One index and one report over all parts."""
+    folders = [work / folder_of(number) for number in range(parts)]
+    total = Counts()
+    with _written(work / REPORT) as new, new.open("wb") as report:
+        for folder in folders:
+            total.add(Counts.read(folder / COUNTS))
+            report.write((folder / REPORT).read_bytes())
+    shards = [entry for folder in folders for entry in _entries(folder)]
+    with _written(work / INDEX) as new:
+        new.write_text(json.dumps({"version": 2, "shards": shards}), encoding="utf-8")
+    return total
+
+
+def _entries(folder: Path) -> list[dict[str, Any]]:
+    """A part's entries of the index, as seen from the folder above. (streaming's merge_index copies every index to a
+    temporary folder and would not be done in one step.)"""
+    entries = json.loads((folder / INDEX).read_text(encoding="utf-8"))["shards"]
+    for entry in entries:
+        for data in (entry["raw_data"], entry["zip_data"]):
+            if data is not None:
+                data["basename"] = f"{folder.name}/{data['basename']}"
+    return entries
+
+
+def _finish(work: Path, out: Path, settings: Settings, counts: Counts, encoded: str | None) -> None:
+    if encoded is not None:
+        (work / ENCODED).write_text(encoded, encoding="utf-8")
+    found = settings.as_dict() | {"report": vars(counts)}
+    (work / SETTINGS).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    work.rename(out)
+    # what only an unfinished preparation needs; killed from here on, it is finished and not as tidy
+    for folder in out.glob("part-*"):
+        if folder.suffix:  # begun by a process that was killed
+            shutil.rmtree(folder)
+            continue
+        for file in (COUNTS, REPORT, INDEX):
+            (folder / file).unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    (out / PLAN).unlink()
+
+
+def _refuse(source: str, work: Path, counts: Counts) -> None:
+    lines = (work / REPORT).read_text(encoding="utf-8").splitlines()
+    notes = [json.loads(line) for line in lines[:NAMED]]
+    shutil.rmtree(work)
+    told = "".join(f"\n  {note['key']}: {note['left_out']} {note['detail']}".rstrip() for note in notes)
+    raise UserError(f"{source}: no usable pair in this source; {counts.left_out.total()} were left out{told}")
+
+
+def _tell(counts: Counts, out: Path) -> None:
+    _say(f"{counts.pairs} samples in {out}.")
+    for what, found in (("left out", counts.left_out), ("changed", counts.changed)):
+        for reason, number in found.most_common():
+            _say(f"  {number} {what}: {reason}")
+    if counts.left_out or counts.changed:
+        _say(f"  which: {out / REPORT}")
+
+
+@contextmanager
+def _written(file: Path):
+    """A path to write to, which becomes `file` when all is written."""
+    new = file.with_name(file.name + ".new")
+    yield new
+    new.rename(file)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+__all__ = ["Settings", "prepare", "prepare_shapes"]

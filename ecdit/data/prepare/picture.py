@@ -1,0 +1,113 @@
+"""A picture's file, of any size and kind, to a square crop of one size: what can be made of it, and what cannot."""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ecdit.data.prepare.settings import Settings
+from parallel.philox import key_of
+
+JPEG_QUALITY = 95
+ORIENTATION = 0x0112  # EXIF's tag
+
+# Pillow's own limit warns or raises, by size; ours is a setting, looked at before a pixel is decoded.
+Image.MAX_IMAGE_PIXELS = None
+
+
+class Unusable(Exception):
+    """A pair that is left out: a reason, always one of the same few, and what in it is wrong."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass
+class Crop:
+    """pixels (R, R, 3) uint8; file: as a JPEG; changes: what was done to it that its owner may want to know."""
+
+    pixels: np.ndarray
+    file: bytes
+    changes: list[str]
+
+
+def crop(picture: bytes | Image.Image | None, key: str, settings: Settings) -> Crop:
+    """The largest square in the middle, or at a random place that the key decides, resized (Lanczos).
+
+    A JPEG that has the size already is kept byte for byte. Raises Unusable.
+    """
+    if picture is None:
+        raise Unusable("no picture")
+    if picture == b"":
+        raise Unusable("empty picture file")
+    side = settings.resolution
+    try:
+        opened = Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture
+        _check_size(opened, settings)
+        plain = _is_plain_jpeg(opened) and opened.size == (side, side)
+        image, changes = upright_rgb(opened, side)
+        if plain and not changes:
+            return Crop(np.asarray(image), picture, [])
+        image = _square(image, key, settings)
+    except Unusable:
+        raise
+    except Exception as error:  # Pillow has no end of errors for broken files
+        raise Unusable("broken picture", f"{type(error).__name__}: {error}") from None
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=JPEG_QUALITY)
+    return Crop(np.asarray(image), file.getvalue(), changes)
+
+
+def _check_size(image: Image.Image, settings: Settings) -> None:
+    width, height = image.size
+    told = f"{width}x{height}"
+    if width * height > settings.max_megapixels * 1e6:
+        raise Unusable("too many pixels", f"{told}, over {settings.max_megapixels:g} megapixels")
+    if min(width, height) < settings.min_side:
+        raise Unusable("too small", f"{told}, under {settings.min_side}")
+    if settings.max_aspect is not None and max(width, height) > settings.max_aspect * min(width, height):
+        raise Unusable("too long", f"{told}, over {settings.max_aspect:g} to 1")
+
+
+def _is_plain_jpeg(image: Image.Image) -> bool:
+    return image.format == "JPEG" and image.mode == "RGB"
+
+
+def upright_rgb(image: Image.Image, side: int) -> tuple[Image.Image, list[str]]:
+    """Any image in 8-bit RGB, upright, and what had to be done to it."""
+    changes = []
+    if getattr(image, "n_frames", 1) > 1:
+        changes.append("animated: first frame taken")
+    if image.getexif().get(ORIENTATION, 1) != 1:
+        changes.append("turned as its EXIF data say")
+    if _is_plain_jpeg(image):
+        image.draft("RGB", (2 * side, 2 * side))  # decodes at half, a quarter or an eighth where that is enough
+    deep = any("16" in str(tile[3]) for tile in getattr(image, "tile", []))
+    if deep or image.mode.startswith("I"):
+        changes.append("16 bits to 8")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        raise Unusable("broken picture", "pixels are floating-point numbers of no known range")
+    elif image.mode == "CMYK":
+        changes.append("CMYK to RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        changes.append("transparent: put on white")
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB"), changes
+
+
+def _square(image: Image.Image, key: str, settings: Settings) -> Image.Image:
+    short = min(image.size)
+    spare = np.array(image.size) - short
+    place = np.array([0.5, 0.5])
+    if settings.crop == "random":
+        place = np.random.default_rng(key_of(settings.seed, "crop", key)).random(2)
+    left, top = np.rint(spare * place).astype(int).tolist() if settings.crop == "random" else (spare // 2).tolist()
+    box = (left, top, left + short, top + short)
+    return image.resize((settings.resolution,) * 2, Image.Resampling.LANCZOS, box=box)

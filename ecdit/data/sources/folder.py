@@ -1,0 +1,106 @@
+"""Folders of images: a .txt of the same name beside each, or one .jsonl file that lists pictures and captions."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from ecdit.data.sources.files import Files
+from ecdit.data.sources.pair import Columns, Fault, Pair, Part, listed
+from ecdit.data.sources.pictures import PICTURES
+
+LISTINGS = ("captions.jsonl", "metadata.jsonl")
+PICTURE_FIELDS, CAPTION_FIELDS = ("file_name", "path", "file"), ("captions", "text")
+
+
+@dataclass(frozen=True)
+class FolderPart:
+    """Some pictures of a folder, by their names in it."""
+
+    files: Files
+    root: str
+    names: tuple[str, ...]
+    name: str
+    counted: bool = True
+
+    @property
+    def size(self) -> int:
+        return len(self.names)
+
+    def pairs(self) -> Iterator[Pair | Fault]:
+        for name in self.names:
+            key = str(PurePosixPath(name).with_suffix(""))
+            try:
+                caption = self.files.read(f"{self.root}/{key}.txt")
+                picture = self.files.read(f"{self.root}/{name}")
+            except OSError as error:
+                yield Fault(key, "cannot be read", str(error))
+                continue
+            yield Pair(key, picture, [] if caption is None else [caption])
+
+
+def parts(files: Files, root: str, pairs: int) -> list[Part]:
+    """Its pictures in the order of their names."""
+    names = [name.removeprefix(f"{root}/") for name in files.below(root) if name.lower().endswith(PICTURES)]
+    ranges = [names[first : first + pairs] for first in range(0, len(names), pairs)]
+    return [FolderPart(files, root, tuple(some), f"{root} from {some[0]}") for some in ranges]
+
+
+@dataclass(frozen=True)
+class ListedPart:
+    """Some lines of a .jsonl file, by their first byte and number; pictures lie relative to the file."""
+
+    files: Files
+    path: str
+    columns: Columns
+    start: int
+    first: int
+    size: int
+    name: str
+    counted: bool = True
+
+    def pairs(self) -> Iterator[Pair | Fault]:
+        root = self.path.rpartition("/")[0]
+        try:
+            with self.files.open(self.path) as file:
+                file.seek(self.start)
+                for number in range(self.first, self.first + self.size):
+                    yield self._pair(root, number, file.readline())
+        except OSError as error:
+            yield Fault(self.path, "cannot be read", str(error))
+
+    def _pair(self, root: str, number: int, line: bytes) -> Pair | Fault:
+        where = f"{self.path}:{number + 1}"
+        try:
+            fields = json.loads(line)
+            name = next(fields[k] for k in (self.columns.image, *PICTURE_FIELDS) if isinstance(fields.get(k), str))
+        except (ValueError, AttributeError):
+            return Fault(where, "broken line", f"no JSON object in UTF-8: {line[:80]!r}")
+        except StopIteration:
+            return Fault(where, "no picture", f"none of the fields {self.columns.image}, {', '.join(PICTURE_FIELDS)}")
+        caption = next((fields[k] for k in (self.columns.caption, *CAPTION_FIELDS) if k in fields), None)
+        try:
+            picture = self.files.read(f"{root}/{name}")
+        except OSError as error:
+            return Fault(name, "cannot be read", str(error))
+        return Pair(str(PurePosixPath(name).with_suffix("")), picture, listed(caption))
+
+
+def listed_parts(files: Files, path: str, columns: Columns, pairs: int) -> list[Part]:
+    """Its lines, in order."""
+    found, lines, start, offset = [], 0, 0, 0
+
+    def close() -> None:
+        first = sum(part.size for part in found)
+        if lines:
+            found.append(ListedPart(files, path, columns, start, first, lines, f"{path} from line {first + 1}"))
+
+    with files.open(path) as file:
+        for line in file:
+            offset += len(line)
+            lines += 1
+            if lines == pairs:
+                close()
+                start, lines = offset, 0
+    close()
+    return found

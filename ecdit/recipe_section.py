@@ -1,0 +1,15 @@
+"""What the sections of a recipe are made of."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, and strict about names and types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
