@@ -1,5 +1,7 @@
 """Shards and the stream: what is written is read back, in one order for every layout, or refused by name."""
 
+import tracemalloc
+from fractions import Fraction
 from itertools import islice
 
 import numpy as np
@@ -9,11 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ecdit import UserError
-from ecdit.data import shards
+from ecdit.data import cache as cache_module
+from ecdit.data import remote, shards
+from ecdit.data.cache import CacheSettings
+from ecdit.data.order import Order, Passes
 from ecdit.data.prepare import prepare_shapes
 from ecdit.data.shapes import make
+from ecdit.data.shards import ShardFolder, write_shards
 from ecdit.data.stream import TrainStream
 from ecdit.data.streaming_import import StreamingDataset
+from tests.pairs import served
 
 COUNT, BATCH = 37, 8
 
@@ -86,7 +93,7 @@ def damaged(shapes, tmp_path):
     copy.mkdir()
     for file in shapes.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    return copy, sorted(copy.glob("*.mds"))[1]
+    return copy, sorted(copy.glob("*.mds*"))[1]
 
 
 def refuse(folder, match, **options):
@@ -124,3 +131,187 @@ def test_pictures_of_another_size_name_key_and_sample(shapes, workers):
 
 def test_a_batch_over_the_data_is_refused(shapes):
     refuse(shapes, "train.batch: 64 .* try at most 37", batch=64)
+
+
+# ---- the order, by itself
+
+
+def passes(sizes, **options):
+    return Passes(sizes, **({"nodes": 1, "seed": 0, "shuffle": True, "segment": 1000} | options))
+
+
+@given(
+    st.lists(st.integers(1, 400), min_size=1, max_size=40),
+    st.sampled_from([1, 2, 3]),
+    st.integers(0, 5),
+    st.sampled_from([100, 1000, 10**6]),
+)
+@settings(max_examples=40, deadline=None)
+def test_passes_have_every_sample_once_whatever_the_segments(sizes, nodes, seed, segment):
+    order = passes([*sizes, 50], nodes=nodes, seed=seed, segment=segment)
+    whole = order.rows(0, 2 * order.rows_of_a_pass)
+    for one in np.split(whole, 2):
+        assert len(np.unique(one)) == one.size  # none twice
+        left_out = sum(sizes) + 50 - one.size
+        assert 0 <= left_out < nodes * len(order._segments)
+    middle = order.rows_of_a_pass
+    first, stop = max(0, middle - 7), middle + 5
+    assert np.array_equal(
+        passes([*sizes, 50], nodes=nodes, seed=seed, segment=segment).rows(first, stop), whole[first:stop]
+    )
+
+
+def test_a_billion_samples_need_no_table():
+    """Any step of 1.2 billion samples in 300,000 shards, in the memory of a segment."""
+    order = Order([Passes([4000] * 300_000, 8, 0, True)], [Fraction(1)], 4096, 8, 0)
+    tracemalloc.start()
+    _, number = order.step(200_000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(set(number.tolist())) == 4096 and peak < 1 << 29
+
+
+def test_streams_keep_their_shares_and_their_own_passes():
+    sizes, shares = [[100] * 9, [30, 30], [7]], [Fraction(6, 10), Fraction(3, 10), Fraction(1, 10)]
+    order = Order([passes(some) for some in sizes], shares, 20, 1, 0)
+    steps = [order.step(step) for step in range(500)]
+    streams = np.concatenate([stream for stream, _ in steps])
+    numbers = np.concatenate([number for _, number in steps])
+    assert np.bincount(streams).tolist() == [6000, 3000, 1000]
+    for stream, size in enumerate((900, 60, 7)):
+        own = numbers[streams == stream]
+        for first in range(0, len(own) - size, size):
+            assert sorted(own[first : first + size]) == list(range(size))
+    assert len({tuple(stream) for stream, _ in steps}) > 100  # mixed anew in every batch
+
+
+def test_canonical_nodes_have_their_own_shards_at_their_own_places():
+    order = Order([passes([50] * 8, nodes=4, segment=10**6)], [Fraction(1)], 40, 4, 0)
+    shards = [set() for _ in range(4)]
+    for step in range(10):
+        _, number = order.step(step)
+        for node in range(4):
+            shards[node] |= set((number[node * 10 : (node + 1) * 10] // 50).tolist())
+    assert all(len(some) <= 3 for some in shards)  # of eight
+
+
+# ---- ranks, workers, resuming: the issue is one list of samples
+
+
+@pytest.fixture(scope="module")
+def two_passes(shapes):
+    steps = 2 * COUNT // BATCH + 1
+    return keys_of(shapes, 0, steps)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("workers", [0, 4])
+@pytest.mark.parametrize("start", [0, 2, COUNT // BATCH, COUNT // BATCH + 1])
+def test_two_passes_are_the_same_for_any_ranks_workers_and_start(shapes, two_passes, ranks, workers, start):
+    """Resumed at the first batch, in mid-pass, and on both sides of the edge between passes, which lies in a batch."""
+    if workers and ranks > 2 and start:
+        ranks = 2  # workers by ranks by starts: processes enough
+    wanted = two_passes[start : start + 6]
+    parts = [keys_of(shapes, start, 6, data_rank=r, data_ranks=ranks, workers=workers) for r in range(ranks)]
+    assert [[key for part in parts for key in part[step]] for step in range(6)][: len(wanted)] == wanted
+
+
+# ---- several streams
+
+
+def test_streams_are_mixed_by_their_proportions(shapes, tmp_path):
+    prepare_shapes(tmp_path / "other", count=16, seed=9)
+    stream = TrainStream([shapes, tmp_path / "other"], shares=[3, 1], batch=8, resolution=32)
+    keys = [key for batch in islice(stream.batches(0), 100) for key in batch.samples.keys]
+    assert sum(key.startswith("shapes-9") for key in keys) == pytest.approx(200, abs=25)
+    together = TrainStream([shapes, tmp_path / "other"], batch=COUNT + 16, resolution=32)
+    assert len(set(next(together.batches(0)).samples.keys)) == COUNT + 16
+
+
+def test_streams_that_do_not_go_together_are_refused(shapes, tmp_path):
+    write_shards([{"image": b"", "key": "a"}], tmp_path / "bare", {"image": "bytes", "key": "str"})
+    with pytest.raises(UserError, match="no column 'caption'"):
+        TrainStream([tmp_path / "bare"], batch=1, resolution=32)
+    with pytest.raises(UserError, match=r"one in 10000"):
+        TrainStream([shapes, shapes], shares=[1, 1e-9], batch=8, resolution=32)
+    with pytest.raises(UserError, match=r"data.canonical_nodes: 64 is more than"):
+        TrainStream([shapes], batch=8, nodes=64, resolution=32)
+
+
+# ---- shards that are elsewhere
+
+
+@pytest.fixture(scope="module")
+def packed(shapes, tmp_path_factory):
+    """The same samples, compressed."""
+    folder = tmp_path_factory.mktemp("packed") / "data"
+    source = ShardFolder(str(shapes))
+    columns = {"image": "png", "caption": "str", "key": "str", "scene": "json"}
+    write_shards((source.sample(i) for i in range(COUNT)), folder, columns, shard_bytes=8_000, compression="zstd")
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_from_a_server_give_the_same_batches_and_are_fetched_once(shapes, packed, tmp_path, workers):
+    seen = []
+    with served(packed, seen) as url:
+        cache = CacheSettings(tmp_path / "cache")
+        found = [keys_of(url, 0, 9, cache=cache, workers=workers, predownload=16) for _ in range(2)]
+    assert found[0] == found[1] == keys_of(shapes, 0, 9)
+    fetched = [path for path in seen if path.endswith(".zstd")]
+    assert len(fetched) == len(set(fetched)) == len(list(packed.glob("*.zstd")))
+
+
+def test_compressed_shards_are_unpacked_beside_and_the_data_stay_as_they_are(shapes, packed, tmp_path):
+    before = sorted(packed.iterdir())
+    assert keys_of(packed, 0, 3, cache=CacheSettings(tmp_path)) == keys_of(shapes, 0, 3)
+    assert sorted(packed.iterdir()) == before
+
+
+def test_a_cache_keeps_to_its_limit(packed, tmp_path):
+    folder = ShardFolder(str(packed), CacheSettings(tmp_path, limit=20_000))
+    for number in range(COUNT):
+        folder.sample(number)
+        held = sum(file.stat().st_size for file in tmp_path.rglob("*.mds"))
+        assert held <= 20_000
+    assert folder.bytes > 20_000
+    with pytest.raises(UserError, match=r"data.cache.limit: .* at least"):
+        TrainStream([packed], batch=8, resolution=32, cache=CacheSettings(tmp_path, limit=100))
+
+
+def test_a_shard_damaged_on_its_way_is_fetched_once_more(shapes, packed, tmp_path, monkeypatch):
+    damaged = []
+
+    def download(url, to):
+        remote.download(url, to)
+        if to.name.endswith(".part") and len(damaged) < 1:
+            damaged.append(url)
+            to.write_bytes(b"x" + to.read_bytes()[1:])
+
+    monkeypatch.setattr(cache_module, "download", download)
+    assert keys_of(packed, 0, 4, cache=CacheSettings(tmp_path)) == keys_of(shapes, 0, 4)
+    assert damaged and len(list(tmp_path.rglob("*.damaged"))) == 1
+
+
+def test_a_shard_damaged_in_the_cache_is_set_aside_and_fetched_again(shapes, packed, tmp_path):
+    settings = CacheSettings(tmp_path)
+    wanted = keys_of(packed, 0, 4, cache=settings)
+    for file in tmp_path.rglob("*.mds"):
+        file.write_bytes(file.read_bytes()[:-3000] + b"x" * 3000)
+    assert keys_of(packed, 0, 4, cache=settings) == wanted
+    assert list(tmp_path.rglob("*.damaged"))
+
+
+def test_a_shard_that_stays_damaged_is_named(packed, tmp_path):
+    copy, _ = damaged(packed, tmp_path)
+    for shard in copy.glob("*.zstd"):
+        shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    with served(copy) as url:
+        stream = TrainStream([url], batch=BATCH, resolution=32, cache=CacheSettings(tmp_path / "c"))
+        with pytest.raises(UserError, match=rf"{url}/shard\.\d+\.mds\.zstd: .* damaged .*xxh64.*once more"):
+            next(stream.batches(0))
+
+
+def test_a_server_that_is_gone_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"http://127.0.0.1:9/data"):
+        TrainStream(["http://127.0.0.1:9/data"], batch=8, resolution=32)

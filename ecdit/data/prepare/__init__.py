@@ -148,7 +148,7 @@ def _entries(folder: Path) -> list[dict[str, Any]]:
 def _finish(work: Path, out: Path, settings: Settings, counts: Counts, encoded: str | None) -> None:
     if encoded is not None:
         (work / ENCODED).write_text(encoded, encoding="utf-8")
-    found = settings.as_dict() | {"report": vars(counts)}
+    found = settings.as_dict() | {"report": counts.as_dict()}
     (work / SETTINGS).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     work.rename(out)
     # what only an unfinished preparation needs; killed from here on, it is finished and not as tidy

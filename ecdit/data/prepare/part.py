@@ -5,7 +5,7 @@ import os
 import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,10 @@ class Counts:
         self.pairs += other.pairs
         self.left_out.update(other.left_out)
         self.changed.update(other.changed)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a file."""
+        return {"pairs": self.pairs, "left_out": dict(self.left_out), "changed": dict(self.changed)}
 
     @classmethod
     def read(cls, file: Path) -> "Counts":
@@ -132,7 +136,7 @@ def write_part(
         compression=settings.compression,
     )
     (partial / REPORT).write_text("".join(json.dumps(note) + "\n" for note in notes), encoding="utf-8")
-    (partial / COUNTS).write_text(json.dumps(asdict(counts)), encoding="utf-8")
+    (partial / COUNTS).write_text(json.dumps(counts.as_dict()), encoding="utf-8")
     _commit(partial, work / folder_of(number))
     return counts
 

@@ -48,12 +48,14 @@ def parts(files: Files, root: str, pairs: int) -> list[Part]:
 
 @dataclass(frozen=True)
 class ListedPart:
-    """Some lines of a .jsonl file, by their first byte and number; pictures lie relative to the file."""
+    """The lines in the bytes [start, stop) of a .jsonl file, of which `first` come before; pictures lie relative to
+    the file."""
 
     files: Files
     path: str
     columns: Columns
     start: int
+    stop: int
     first: int
     size: int
     name: str
@@ -62,12 +64,12 @@ class ListedPart:
     def pairs(self) -> Iterator[Pair | Fault]:
         root = self.path.rpartition("/")[0]
         try:
-            with self.files.open(self.path) as file:
-                file.seek(self.start)
-                for number in range(self.first, self.first + self.size):
-                    yield self._pair(root, number, file.readline())
+            lines = self.files.piece(self.path, self.start, self.stop).split(b"\n")
         except OSError as error:
             yield Fault(self.path, "cannot be read", str(error))
+            return
+        for number, line in enumerate(lines[: self.size], start=self.first):
+            yield self._pair(root, number, line)
 
     def _pair(self, root: str, number: int, line: bytes) -> Pair | Fault:
         where = f"{self.path}:{number + 1}"
@@ -88,19 +90,14 @@ class ListedPart:
 
 def listed_parts(files: Files, path: str, columns: Columns, pairs: int) -> list[Part]:
     """Its lines, in order."""
-    found, lines, start, offset = [], 0, 0, 0
-
-    def close() -> None:
-        first = sum(part.size for part in found)
-        if lines:
-            found.append(ListedPart(files, path, columns, start, first, lines, f"{path} from line {first + 1}"))
-
+    found, lines, first, start, stop = [], 0, 0, 0, 0
     with files.open(path) as file:
         for line in file:
-            offset += len(line)
+            stop += len(line)
             lines += 1
-            if lines == pairs:
-                close()
-                start, lines = offset, 0
-    close()
-    return found
+            if lines - first == pairs:
+                found.append((start, stop, first, lines - first))
+                start, first = stop, lines
+    if lines > first:
+        found.append((start, stop, first, lines - first))
+    return [ListedPart(files, path, columns, *place, f"{path} from line {place[2] + 1}") for place in found]

@@ -29,7 +29,7 @@ class ParquetPart:
         stem, root = PurePosixPath(self.path).stem, self.path.rpartition("/")[0]
         try:
             with self.files.open(self.path) as file:
-                table = arrow.ParquetFile(file)
+                table = arrow.parquet.ParquetFile(file)
                 names = [self.columns.image, self.columns.caption]
                 missing = [name for name in names if name not in table.schema_arrow.names]
                 if missing:
@@ -38,7 +38,7 @@ class ParquetPart:
                     return
                 for row, fields in self._rows(table, names):
                     yield self._pair(f"{stem}/{row}", root, *(fields[name] for name in names))
-        except (OSError, arrow.lib.ArrowException) as error:
+        except (OSError, ValueError, arrow.ArrowException) as error:
             yield Fault(self.path, "broken parquet", f"what follows is not read: {error}")
 
     def _rows(self, table: Any, names: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -77,8 +77,8 @@ def parts(files: Files, path: str, columns: Columns, pairs: int) -> list[Part]:
     arrow = _arrow(path)
     try:
         with files.open(path) as file:
-            rows = arrow.ParquetFile(file).metadata.num_rows
-    except (OSError, arrow.lib.ArrowException):
+            rows = arrow.parquet.ParquetFile(file).metadata.num_rows
+    except (OSError, ValueError, arrow.ArrowException):
         rows = 1
     return [
         ParquetPart(files, path, columns, first, min(pairs, rows - first), f"{path} from row {first}")
@@ -88,7 +88,8 @@ def parts(files: Files, path: str, columns: Columns, pairs: int) -> list[Part]:
 
 def _arrow(path: str) -> Any:
     try:
+        import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path}: parquet files need the package pyarrow; install `ecdit[parquet]`") from None
-    return pyarrow.parquet
+    return pyarrow

@@ -46,8 +46,12 @@ class TarPart:
                                 return
                             sample = _Sample(key, {})
                         sample.files[ending] = archive.extractfile(member).read()
+                    ended = archive.offset + tarfile.BLOCKSIZE <= self.start + self.size
             if sample is not None:
                 yield sample.pair(stem)
+            if not ended and self.path.endswith(".tar") and self.size:
+                # tarfile takes a header that is cut off for the end
+                yield Fault(stem, "broken tar", f"{self.path}: it breaks off without an end")
         except (tarfile.TarError, OSError, EOFError) as error:
             where = f"{stem}/{sample.key}" if sample is not None else stem
             yield Fault(where, "broken tar", f"{self.path}: what follows is not read: {error}")
