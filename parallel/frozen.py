@@ -1,5 +1,7 @@
 """A frozen module's weights, spread over all ranks: each holds its part, and gathers a layer's while it runs."""
 
+from collections.abc import Iterator
+
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -12,10 +14,15 @@ def shard_frozen(module: nn.Module, place: Topology) -> None:
     if place.ranks == 1:
         return
     mesh = init_device_mesh(place.device.type, (place.ranks,))
-    layers = [child for child in module.modules() if isinstance(child, nn.ModuleList)]
-    for layer in (layer for many in layers for layer in many):
+    for layer in _layers(module):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The members of the outermost lists of modules."""
+    for child in module.children():
+        yield from child if isinstance(child, nn.ModuleList) else _layers(child)
 
 
 def bytes_here(module: nn.Module) -> int:

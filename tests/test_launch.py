@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ecdit.data.prepare import prepare
+from ecdit.data.prepare import prepare_shapes
 from ecdit.errors import UserError
 from ecdit.recipe_io import load_recipe
 from ecdit.status import read_status, update_status
@@ -33,7 +33,7 @@ PATIENCE = 120
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launch") / "shapes"
-    prepare("shapes", folder, resolution=None, count=40, seed=0)
+    prepare_shapes(folder, count=40, seed=0)
     return f"data.streams=[{{path: {folder}}}]"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ecdit.callbacks.metrics import read_metrics
-from ecdit.data.prepare import prepare
+from ecdit.data.prepare import prepare_shapes
 from tests.test_train import TINY, complaint, ecdit
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +31,7 @@ main()
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts") / "shapes"
-    prepare("shapes", folder, resolution=None, count=40, seed=0)
+    prepare_shapes(folder, count=40, seed=0)
     return folder
 
 

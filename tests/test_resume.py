@@ -11,7 +11,7 @@ import torch
 import torch.multiprocessing as mp
 
 from ecdit.callbacks.metrics import JsonLines, read_metrics
-from ecdit.data.prepare import prepare
+from ecdit.data.prepare import prepare_shapes
 from ecdit.recipe_io import load_recipe
 from ecdit.train import train
 from parallel.checkpoint.folder import committed, newest
@@ -28,7 +28,7 @@ MODEL = [
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume") / "shapes"
-    prepare("shapes", folder, resolution=None, count=40, seed=0)
+    prepare_shapes(folder, count=40, seed=0)
     return folder
 
 

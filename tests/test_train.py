@@ -14,7 +14,7 @@ from PIL import Image
 
 from ecdit import UserError, load_recipe, sample
 from ecdit.callbacks.metrics import Wandb, read_metrics
-from ecdit.data.prepare import prepare
+from ecdit.data.prepare import Settings, prepare, prepare_shapes
 from tests.photographs import photographs
 from tests.tiny_encoders import make_autoencoder, make_text_encoder
 
@@ -46,7 +46,7 @@ def complaint(finished, code=BAD_INPUT):
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train") / "shapes"
-    prepare("shapes", folder, resolution=None, count=40, seed=0)
+    prepare_shapes(folder, count=40, seed=0)
     return folder
 
 
@@ -285,7 +285,7 @@ def test_evaluate_prints_json_on_standard_output_alone(trained):
 
 def test_photographs_are_overfitted_through_real_encoders(tmp_path):
     """32 photographs, a T5 encoder and an AutoencoderKL loaded as downloaded ones are."""
-    prepare(str(photographs(tmp_path)), tmp_path / "photographs", resolution=64, count=1, seed=0)
+    prepare(Settings(str(photographs(tmp_path)), resolution=64, min_side=64), tmp_path / "photographs", workers=1)
     encoders = make_text_encoder(tmp_path / "t5"), make_autoencoder(tmp_path / "vae")
     done = ecdit(
         *command(tmp_path / "photographs", tmp_path),

@@ -48,3 +48,35 @@ def make_autoencoder(folder: Path) -> Path:
         scaling_factor=0.5,
     ).save_pretrained(folder)
     return folder
+
+
+def make_clip(folder: Path) -> Path:
+    """A two-layer CLIP text encoder with 16 places, and the same words."""
+    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+
+    make_text_encoder(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=16, eos_token_id=1, bos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    CLIPTextModel(config).save_pretrained(folder)
+    return folder
+
+
+def make_t5gemma(folder: Path) -> Path:
+    """A two-layer T5Gemma encoder, and the same words."""
+    from transformers import PreTrainedTokenizerFast, T5GemmaConfig, T5GemmaEncoderModel, T5GemmaModuleConfig
+
+    make_text_encoder(folder)
+    words = len(PreTrainedTokenizerFast.from_pretrained(folder))
+    module = {
+        "vocab_size": words, "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16,
+    }  # fmt: skip
+    encoder, decoder = T5GemmaModuleConfig(**module), T5GemmaModuleConfig(**module)
+    config = T5GemmaConfig(encoder=encoder, decoder=decoder, vocab_size=words, is_encoder_decoder=False)
+    torch.manual_seed(0)
+    T5GemmaEncoderModel(config).save_pretrained(folder)
+    return folder

@@ -34,6 +34,10 @@ class Inputs:
         self._recipe, self._encoded, self._place = recipe, encoded, place
         data, model, draws = recipe.data, recipe.model, recipe.log.grid_every > 0
         self.autoencoder = self.text_encoder = self._empty = None
+        if encoded.pictures is not None:
+            _check_pictures(recipe, encoded)
+        if encoded.text is not None:
+            _check_text(recipe, encoded)
         if encoded.pictures is None or draws:
             self.autoencoder = load_checked_autoencoder(recipe, place.device, dtype)
         if encoded.text is None or draws:
@@ -42,10 +46,7 @@ class Inputs:
             )
             if data.shard_encoders and hasattr(self.text_encoder, "model"):
                 shard_frozen(self.text_encoder.model, place)
-        if encoded.pictures is not None:
-            _check_pictures(recipe, encoded)
         if encoded.text is not None:
-            _check_text(recipe, encoded)
             empty, mask = pad([encoded.text.empty_embedding()], model.text_tokens)
             self._empty = empty.to(place.device), mask.to(place.device)
 

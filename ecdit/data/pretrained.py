@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from ecdit.data.torchvision_guard import hide_broken_torchvision
 from ecdit.errors import UserError
 
-# transformers' class for each kind of text encoder, by its configuration's model_type, and what it is asked for
+# transformers' class for each kind of text encoder, by its configuration's model_type
 KINDS = {
-    "t5": ("T5EncoderModel", {}),
-    "mt5": ("MT5EncoderModel", {}),
-    "umt5": ("UMT5EncoderModel", {}),
-    "t5gemma": ("T5GemmaEncoderModel", {"is_encoder_decoder": False}),
-    "clip": ("CLIPTextModel", {}),
-    "clip_text_model": ("CLIPTextModel", {}),
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+    "t5gemma": "T5GemmaEncoderModel",
+    "clip": "CLIPTextModel",
+    "clip_text_model": "CLIPTextModel",
 }
 TEXT, PICTURES = "data.text_encoder", "data.autoencoder"
 
@@ -36,13 +36,18 @@ class PretrainedText:
         transformers = _package("transformers", TEXT, name)
         where = {"local_files_only": _is_local(TEXT, name)}
         load = _loader(TEXT, name, "a text encoder with its tokenizer")
-        kind = load(transformers.AutoConfig.from_pretrained, name, **where).model_type
+        config = load(transformers.AutoConfig.from_pretrained, name, **where)
+        kind = config.model_type
         if kind not in KINDS:
             raise UserError(f"{TEXT}: {name!r} is of the kind {kind!r}; valid: {', '.join(KINDS)}")
-        architecture, asked = KINDS[kind]
+        if kind == "t5gemma":
+            config.is_encoder_decoder = False  # or its encoder alone is refused
+        if kind == "clip":
+            config = config.text_config
         self._tokenizer = load(transformers.AutoTokenizer.from_pretrained, name, padding_side="right", **where)
-        model = load(getattr(transformers, architecture).from_pretrained, name, dtype=dtype, **asked, **where)
-        places = getattr(model.config, "max_position_embeddings", tokens) if "CLIP" in architecture else tokens
+        architecture = getattr(transformers, KINDS[kind])
+        model = load(architecture.from_pretrained, name, config=config, dtype=dtype, **where)
+        places = config.max_position_embeddings if kind.startswith("clip") else tokens
         if tokens > places:
             raise UserError(f"model.text_tokens: {tokens} is more than the {places} places of {TEXT}: {name}")
         self.model: nn.Module = model.to(device).eval().requires_grad_(False)

@@ -13,7 +13,7 @@ from ecdit.model.count import forward_flops
 from ecdit.model.sizes import TEXT_ENCODER_PARAMETERS
 from ecdit.recipe import Recipe
 from launcher.plan.gpus import Gpu
-from launcher.plan.memory import Memory, both_buffers, rank_memory
+from launcher.plan.memory import Memory, both_buffers, encoders_used, rank_memory
 from launcher.plan.spread import Place
 from launcher.plan.stage import Stage, stage
 from launcher.plan.trace import TYPES
@@ -151,12 +151,13 @@ def _time(
 
 
 def _encoders(recipe: Recipe, gpu: Gpu, micro_batches: int) -> float:
-    data, images = recipe.data, micro_batches * recipe.train.micro_batch
-    text = 0.0 if data.text_encoder == "hash" else 2.0 * TEXT_ENCODER_PARAMETERS * recipe.model.text_tokens
-    pictures = 0.0 if data.autoencoder == "pixels" else AUTOENCODER_FLOPS * data.resolution**2
+    """Tensor ranks share the work."""
+    data, images = recipe.data, micro_batches * recipe.train.micro_batch / recipe.parallel.tensor
+    text, pictures = encoders_used(recipe)
+    flops = 2.0 * TEXT_ENCODER_PARAMETERS * recipe.model.text_tokens if text else 0.0
+    flops += AUTOENCODER_FLOPS * data.resolution**2 if pictures else 0.0
     rate = gpu.bf16 if recipe.train.precision == "bf16" else gpu.fp32
-    # the autoencoder is in fp32 whatever the recipe's precision
-    return images * (text / rate + pictures / gpu.fp32) / gpu.product_share
+    return images * flops / rate / gpu.product_share
 
 
 def _mfu(recipe: Recipe, gpu: Gpu, ranks: int, seconds: float) -> float:

@@ -10,6 +10,9 @@ from functools import lru_cache
 
 import torch
 
+from ecdit.data.cache import is_local
+from ecdit.data.encoded import Encoded, read_encoded
+from ecdit.errors import UserError
 from ecdit.model.dit import EcDit
 from ecdit.model.sizes import AUTOENCODER_PARAMETERS, TEXT_ENCODER_PARAMETERS
 from ecdit.recipe import ModelRecipe, Recipe
@@ -102,22 +105,35 @@ def update_peak(recipe: Recipe, place: Place) -> float:
     return max(4.0 * sum(b.piece for b, _ in kinds), slices)
 
 
-def encoders(recipe: Recipe) -> dict[str, float]:
-    """Bytes of the frozen encoders, and, as an estimate, of what the autoencoder needs while it encodes."""
-    size, data = TYPES[recipe.train.precision].itemsize, recipe.data
+def encoders_used(recipe: Recipe) -> tuple[bool, bool]:
+    """Whether training runs the text encoder and the autoencoder: not where the shards, if they are here, hold what
+    these would make."""
+    data = recipe.data
+    source = data.streams[0].path
+    try:
+        encoded = read_encoded(source) if is_local(source) else Encoded()
+    except UserError:  # training will refuse it, not the plan
+        encoded = Encoded()
+    return data.text_encoder != "hash" and not encoded.text, data.autoencoder != "pixels" and not encoded.pictures
+
+
+def encoders(recipe: Recipe, place: Place) -> dict[str, float]:
+    """Bytes of the frozen encoders, which run in the precision of training."""
+    size, (text, pictures) = TYPES[recipe.train.precision].itemsize, encoders_used(recipe)
     found = {}
-    if data.text_encoder != "hash":
-        found["text encoder"] = TEXT_ENCODER_PARAMETERS * size
-    if data.autoencoder != "pixels":
-        found["autoencoder"] = AUTOENCODER_PARAMETERS * 4
+    if text:
+        found["text encoder"] = TEXT_ENCODER_PARAMETERS * size / (place.ranks if recipe.data.shard_encoders else 1)
+    if pictures:
+        found["autoencoder"] = AUTOENCODER_PARAMETERS * size
     return found
 
 
-def encoding_peak(recipe: Recipe) -> float:
-    """Bytes while a micro-batch of pictures is encoded; none of it is kept."""
-    if recipe.data.autoencoder == "pixels":
+def encoding_peak(recipe: Recipe, place: Place) -> float:
+    """Bytes while a micro-batch of pictures is encoded, as an estimate; none of it is kept."""
+    if not encoders_used(recipe)[1]:
         return 0.0
-    return recipe.train.micro_batch * recipe.data.resolution**2 * AUTOENCODER_WIDEST * 4.0
+    size, images = TYPES[recipe.train.precision].itemsize, recipe.train.micro_batch / place.layout.tensor
+    return images * recipe.data.resolution**2 * AUTOENCODER_WIDEST * size
 
 
 @dataclass(frozen=True)
@@ -142,12 +158,12 @@ def rank_memory(
     recipe: Recipe, place: Place, gpu: Gpu, *, kept: float, dispatch: float, peak: float, in_flight: int
 ) -> Memory:
     """kept, dispatch, peak: of a micro-batch (see `Trace`); in_flight: micro-batches whose activations are kept."""
-    parts = static(recipe, place) | encoders(recipe)
+    parts = static(recipe, place) | encoders(recipe, place)
     parts["activations"] = (kept - dispatch) * in_flight
     parts["dispatch buffers"] = dispatch * in_flight
     # forward and backward, the update and the encoding have their working memory one after the other
     backward = peak - kept
-    elsewhere = max(update_peak(recipe, place), encoding_peak(recipe)) - kept * in_flight
+    elsewhere = max(update_peak(recipe, place), encoding_peak(recipe, place)) - kept * in_flight
     parts["working memory"] = max(backward, elsewhere, 0.0)
     parts["allocator slack"] = gpu.slack * sum(parts.values())
     parts["CUDA, cuBLAS, NCCL"] = gpu.context
