@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import checkpoint, moe, plan
+from benchmarks import checkpoint, data, moe, plan
 from ecdit.cli import app
 
 
@@ -55,3 +55,14 @@ def test_the_layer_costs_what_an_ffn_of_equal_flops_costs():
     assert ratios["EC-DiT layer, E 16"] <= 1.2
     assert ratios["EC-DiT layer, E 64"] <= 1.3
     assert ratios["Algorithm 1 as printed, E 64"] >= 8
+
+
+def test_the_loaders_benchmark_runs(monkeypatch):
+    monkeypatch.setattr(data, "IMAGES", 128)
+    monkeypatch.setattr(data, "ROUNDS", 1)
+    rows = {row.name: row for row in data.rows()}
+    assert rows["loader, 256x256 JPEG"].against == "PIL, plain loop"
+    step = rows["a step of XL-8E, half masked, 50% MFU on an H200"]
+    assert 0.5 < step.milliseconds < 2
+    cores = rows["cores a GPU: loader, 256x256 JPEG"]
+    assert cores.ratio == cores.milliseconds / step.milliseconds
