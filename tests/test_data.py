@@ -312,6 +312,7 @@ def test_a_shard_that_stays_damaged_is_named(packed, tmp_path):
             next(stream.batches(0))
 
 
-def test_a_server_that_is_gone_is_named(tmp_path):
+def test_a_server_that_is_gone_is_named(monkeypatch):
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
     with pytest.raises(UserError, match=r"http://127.0.0.1:9/data"):
         TrainStream(["http://127.0.0.1:9/data"], batch=8, resolution=32)

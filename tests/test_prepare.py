@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -392,6 +393,8 @@ def test_a_preparation_that_was_begun_otherwise_is_not_gone_on_with(pairs, tmp_p
     (tmp_path / "new.partial/plan.json").write_text(json.dumps(plan))
     with pytest.raises(UserError, match="begun with other settings"):
         run(source, tmp_path / "new")
+    shutil.rmtree(tmp_path / "new.partial/part-000000")  # nothing is lost any more
+    assert len(run(source, tmp_path / "new")) == COUNT
 
 
 @pytest.mark.slow

@@ -70,6 +70,8 @@ def prepare(
     from parallel.crew import Crew
 
     if source == "shapes":
+        if resolution not in (None, 32):
+            raise UserError(f"--resolution: {resolution}: shapes are drawn with 32 pixels a side")
         prepare_shapes(out, count=count or SHAPES_COUNT, seed=seed)
         return
     if count is not None:

@@ -10,7 +10,7 @@ from fsspec.core import url_to_fs
 from ecdit.data.streaming_import import DOWNLOADER_MAPPINGS, CloudDownloader
 from ecdit.errors import UserError
 
-ATTEMPTS, PAUSE = 3, 1.0  # the pause in seconds grows with every attempt
+ATTEMPTS, PAUSE = 5, 1.0  # the pause in seconds doubles with every attempt
 TIMEOUT = 600.0
 
 
@@ -39,7 +39,7 @@ def download(url: str, to: Path) -> None:
         except Exception as error:  # every cloud's library has its own
             if attempt == ATTEMPTS:
                 raise Unreachable(f"{url}: cannot be fetched: {error}") from error
-            time.sleep(PAUSE * attempt)
+            time.sleep(PAUSE * 2 ** (attempt - 1))
 
 
 def _download(url: str, to: Path) -> None:

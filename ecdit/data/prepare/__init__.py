@@ -65,10 +65,10 @@ def prepare(settings: Settings, out: Path, *, workers: int, crew: Crew | None = 
         return
     parts = find_parts(settings.source, settings.columns, settings.part)
     partial = _partial(out)
+    work = Work(parts, partial, settings, workers, crew)  # loads the encoders: nothing is begun if they are not there
     if crew.first:
         _begin(partial, settings, parts)
     crew.meet()
-    work = Work(parts, partial, settings, workers, crew)
     work.run()
     crew.meet()
     if crew.first:
@@ -95,6 +95,7 @@ def _already_there(out: Path, settings: dict[str, Any]) -> bool:
     asked = json.loads(json.dumps(settings))
     differs = [key for key in asked if found.get(key) != asked[key]]
     if differs:
+        differs = ["source"] if "source" in differs else differs
         told = ", ".join(f"{key} {found.get(key)!r} instead of {asked[key]!r}" for key in differs)
         raise UserError(f"{out}: holds shards with {told}: choose another folder, or remove this one")
     _say(f"{out} is there already.")
@@ -106,8 +107,8 @@ def _begin(work: Path, settings: Settings, parts: list[Part]) -> None:
     names = "\n".join(f"{part.name} {part.size}" for part in parts)
     digest = hashlib.blake2b(names.encode(), digest_size=16).hexdigest()
     plan = json.loads(json.dumps({"settings": settings.as_dict(), "parts": len(parts), "names": digest}))
-    file = work / PLAN
-    if not file.exists():
+    file, done = work / PLAN, sum(not folder.suffix for folder in work.glob("part-*"))
+    if not (file.exists() and done):
         work.mkdir(parents=True, exist_ok=True)
         with _written(file) as new:
             new.write_text(json.dumps(plan, indent=1), encoding="utf-8")
@@ -116,7 +117,6 @@ def _begin(work: Path, settings: Settings, parts: list[Part]) -> None:
     if found != plan:
         what = "from another state of the source" if found["settings"] == plan["settings"] else "with other settings"
         raise UserError(f"{work}: holds a preparation that was begun {what}; remove it, or choose another folder")
-    done = sum((work / folder_of(number)).exists() for number in range(len(parts)))
     _say(f"Going on in {work}: {done} of {len(parts)} parts are done.")
 
 
