@@ -4,10 +4,10 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks import checkpoint, moe, plan
+from benchmarks import checkpoint, kernels, moe, plan
 from benchmarks.harness import Row, machine
 
-BENCHMARKS = {"moe": moe.rows, "checkpoint": checkpoint.rows, "plan": plan.rows}
+BENCHMARKS = {"moe": moe.rows, "kernels": kernels.rows, "checkpoint": checkpoint.rows, "plan": plan.rows}
 
 
 def report(name: str) -> dict[str, Any]:
@@ -22,5 +22,5 @@ def as_table(result: dict[str, Any]) -> Table:
         table.add_column(column, justify="left" if column in ("name", "against") else "right")
     for row in (Row(**row) for row in result["rows"]):
         ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
-        table.add_row(row.name, f"{row.milliseconds:.1f}", row.against or "", ratio)
+        table.add_row(row.name, f"{row.milliseconds:.4g}", row.against or "", ratio)
     return table

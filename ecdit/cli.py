@@ -201,7 +201,7 @@ def export(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Which benchmark: moe, checkpoint, plan.")],
+    name: Annotated[str, typer.Argument(help="Which benchmark: moe, kernels, checkpoint, plan.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
 ) -> None:
     """Run a benchmark against its peers, all in one run."""
