@@ -50,6 +50,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.17",
             "scipy>=1.13",
+            "triton>=3.6; platform_system == 'Linux'",  # its interpreter; a CUDA build of torch brings its own
         ],
     },
     entry_points={"console_scripts": ["ecdit=ecdit.cli:main"]},

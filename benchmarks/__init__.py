@@ -4,10 +4,16 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks import checkpoint, data, moe, plan
+from benchmarks import checkpoint, data, kernels, moe, plan
 from benchmarks.harness import Row, machine
 
-BENCHMARKS = {"moe": moe.rows, "checkpoint": checkpoint.rows, "plan": plan.rows, "data": data.rows}
+BENCHMARKS = {
+    "moe": moe.rows,
+    "kernels": kernels.rows,
+    "checkpoint": checkpoint.rows,
+    "plan": plan.rows,
+    "data": data.rows,
+}
 
 
 def report(name: str) -> dict[str, Any]:
@@ -22,10 +28,5 @@ def as_table(result: dict[str, Any]) -> Table:
         table.add_column(column, justify="left" if column in ("name", "against") else "right")
     for row in (Row(**row) for row in result["rows"]):
         ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
-        table.add_row(
-            row.name,
-            f"{row.milliseconds:.3g}" if row.milliseconds < 10 else f"{row.milliseconds:.1f}",
-            row.against or "",
-            ratio,
-        )
+        table.add_row(row.name, f"{row.milliseconds:.4g}", row.against or "", ratio)
     return table

@@ -26,19 +26,28 @@ class Row:
 
 def compare(functions: dict[str, Callable[[], Any]], against: dict[str, str], rounds: int) -> list[Row]:
     """Times the functions in turn, `rounds` times over. A ratio is the median of the ratios within a round."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
-        function()  # warm-up
-    for _ in range(rounds):
-        for name, function in functions.items():
-            times[name].append(_milliseconds(function))
+    times = in_turn(functions, rounds)
     rows = []
     for name, taken in times.items():
         peer = against.get(name)
-        pairs = zip(taken, times[peer], strict=True) if peer else ()
-        ratio = median(ours / theirs for ours, theirs in pairs) if peer else None
-        rows.append(Row(name, median(taken), peer, ratio))
+        rows.append(Row(name, median(taken), peer, median_ratio(taken, times[peer]) if peer else None))
     return rows
+
+
+def in_turn(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each function in each of `rounds` rounds, after one call of each that is not timed."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    for _ in range(rounds):
+        for name, function in functions.items():
+            times[name].append(_milliseconds(function))
+    return times
+
+
+def median_ratio(ours: list[float], theirs: list[float]) -> float:
+    """The median of the ratios within a round."""
+    return median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def random_batch(recipe: Recipe, images: int, device: torch.device) -> MicroBatch:

@@ -181,7 +181,7 @@ def export(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Which benchmark: moe, checkpoint, plan, data.")],
+    name: Annotated[str, typer.Argument(help="Which benchmark: moe, kernels, checkpoint, plan, data.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
 ) -> None:
     """Run a benchmark against its peers, all in one run."""

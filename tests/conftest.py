@@ -1,4 +1,11 @@
-"""Options of the test run, and the order in which it takes the files."""
+"""Options of the test run, the order in which it takes the files, and Triton's interpreter where there is no GPU."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported, whoever does that
 
 LONG = ("test_slurm", "test_resume", "test_train", "test_layouts_cli", "test_docs")  # minutes each, so they go first
 

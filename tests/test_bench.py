@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import checkpoint, data, moe, plan
+from benchmarks import checkpoint, data, kernels, moe, plan
 from ecdit.cli import app
 
 
@@ -44,8 +44,18 @@ def test_the_planners_benchmark_runs(monkeypatch, capsys):
     assert "huge: " in capsys.readouterr().err
 
 
+def test_the_kernels_benchmark_runs(monkeypatch, capsys):
+    for name, small in (("N", 64), ("T", 32), ("S", 16), ("SLICES", [100]), ("COPIED", 4096), ("ROUNDS", 2)):
+        monkeypatch.setattr(kernels, name, small)
+    found = kernels.rows()
+    assert len([row for row in found if row.name.endswith(": floor")]) == 13
+    assert all(row.milliseconds > 0 for row in found)
+    assert all(row.against == row.name.replace("twin", "floor") for row in found if row.name.endswith("twin"))
+    assert "AdaLN, D 128, forward: spread" in capsys.readouterr().err
+
+
 def test_an_unknown_benchmark_is_refused():
-    assert "'mo' is no benchmark; valid: moe, checkpoint, plan" in str(run("mo").exception)
+    assert "'mo' is no benchmark; valid: moe, kernels, checkpoint, plan" in str(run("mo").exception)
 
 
 @pytest.mark.slow

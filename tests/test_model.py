@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from ecdit import EcDit, reference
 from ecdit.model.experts import ChunkedFfn, batched_ffn
+from ecdit.model.kernels.router import top_tokens
 from ecdit.model.moe import Moe
-from ecdit.model.router import expert_choice, token_choice, top_tokens
+from ecdit.model.router import expert_choice, token_choice
 from ecdit.recipe import DecoderRecipe, ModelRecipe
 from parallel.spread import Spread
 

@@ -7,6 +7,7 @@ import torch
 
 from parallel.engine.ema import Ema
 from parallel.engine.optimizer import RmspropMomentum, Slice, TorchRmsprop, clip_by_global_norm
+from parallel.kernels import rmsprop
 
 SHAPES = [7, 12, 1]
 STEPS, LR, DECAY = 6, 0.1, 0.3
@@ -63,6 +64,30 @@ def test_updates_are_the_scalar_form(build, scalar):
         optimizer.step(gradients(step), LR)
     for ours, expected in zip(masters, scalar(decayed), strict=True):
         torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float32), rtol=2e-5, atol=2e-5)
+
+
+def test_roots_in_parts_change_no_bit(monkeypatch):
+    found = []
+    for roots in (5, 1000):
+        monkeypatch.setattr(rmsprop, "ROOTS", roots)
+        parts = list(rmsprop._batches(weights()))
+        assert all(sum(map(len, batch)) <= roots for (batch,) in parts) and len(parts) == (5 if roots == 5 else 1)
+        masters = weights()
+        optimizer = RmspropMomentum([Slice(m, u, True) for u, m in enumerate(masters)], SHAPES)
+        for step in range(STEPS):
+            optimizer.step(gradients(step), LR)
+        found.append([*masters, *optimizer.states["square"]])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_the_average_takes_in_the_new_weights():
+    for build in (lambda slices: RmspropMomentum(slices, SHAPES), TorchRmsprop):
+        masters, ema, apart = weights(), Ema(weights(), 0.6), Ema(weights(), 0.6)
+        optimizer = build([Slice(m, u, False) for u, m in enumerate(masters)])
+        for step in range(STEPS):
+            optimizer.step(gradients(step), LR, ema)
+            apart.update(masters)
+        assert ema.updates == STEPS and all(torch.equal(a, b) for a, b in zip(ema.slices, apart.slices, strict=True))
 
 
 def test_a_gradient_of_zero_changes_nothing():

@@ -19,6 +19,7 @@ from launcher.plan.memory import both_buffers, buffers, static
 from launcher.plan.search import best_layout, search
 from launcher.plan.spread import Place
 from launcher.plan.stage import stage
+from launcher.plan.trace import trace
 from parallel import topology
 from parallel.topology import Layout
 from tests.layouts import Case, build, global_batch, slice_of
@@ -240,3 +241,13 @@ def test_a_plan_has_all_of_its_time_and_memory():
     assert made.images_per_s == pytest.approx(512 / made.step_seconds)
     assert {one.axis for one in made.traffic} == {"expert", "pipeline", "data", "expert-data"}
     assert sum(b.padded for b, _ in both_buffers(recipe, Place(Layout(pipeline=2, expert=2), 8))) > 0
+
+
+def test_a_plan_for_a_gpu_sees_the_kernels_that_run_there():
+    recipe = load_recipe(ROOT / "recipes/xl_8e.yaml", ["train.micro_batch=8", "train.batch=64"])
+    gpu, cpu = (trace(recipe, Place(Layout(), 1), 2, 256, device) for device in ("cuda", "cpu"))
+    routing = [sum(kernel.part == "routing" for kernel in found.kernels) for found in (gpu, cpu)]
+    assert routing[0] < routing[1] / 1.5
+    # AdaLN keeps a row's mean and deviation, and no normalised rows
+    rest = [sum(kernel.bytes for kernel in found.kernels if kernel.part == "rest") for found in (gpu, cpu)]
+    assert rest[0] < rest[1]

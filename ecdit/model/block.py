@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ecdit.model.attention import CrossAttention, SelfAttention
 from ecdit.model.experts import Ffn
-from ecdit.model.layers import modulate
+from ecdit.model.kernels.adaln import modulate
 from ecdit.model.router import RoutingPlan
 from parallel.spread import Spread
 

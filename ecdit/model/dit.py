@@ -16,7 +16,8 @@ from ecdit.diffusion.masking import gather_tokens, scatter_tokens
 from ecdit.diffusion.patch import patchify
 from ecdit.model.block import Block
 from ecdit.model.embed import TIME_FEATURES, Positions, time_features
-from ecdit.model.layers import Mlp, gelu, modulate
+from ecdit.model.kernels.adaln import modulate
+from ecdit.model.layers import Mlp, gelu
 from ecdit.model.moe import MegatronTopk, Moe
 from ecdit.model.router import RoutingPlan
 from ecdit.recipe import ModelRecipe

@@ -1,11 +1,7 @@
-"""The small parts that every block is made of: AdaLN, GELU, MLPs.
-
-Shapes: `B` images, `S` tokens of an image, `D` hidden.
-"""
+"""The small parts that every block is made of: GELU, MLPs."""
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,8 +24,3 @@ class Mlp(nn.Module):
 def gelu(x: Tensor) -> Tensor:
     """GELU in its tanh form, the one that the project uses everywhere."""
     return F.gelu(x, approximate="tanh")
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """AdaLN: LayerNorm without affine, then shift and scale. x (B, S, D); shift, scale (B, D)."""
-    return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale[:, None])

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ecdit.model.kernels.router import affinities, choose
+from ecdit.model.kernels.slots import SlotMap, slot_map
 from parallel.parameters import parameter
 from parallel.spread import Spread
 
@@ -62,31 +64,14 @@ class RoutingPlan:
             self.filled = order(self.filled)
 
     @cached_property
-    def slots_by_token(self) -> tuple[Tensor, Tensor]:
-        """The inverse map: slots sorted by their token (M,), and where each token's run begins and ends (N + 1,)."""
-        slots = torch.argsort(self.token, stable=True)
-        # not bincount, whose result's size a GPU's host would have to wait for
-        counts = slots.new_zeros(self.tokens).index_add_(0, self.token, torch.ones_like(self.token))
-        return slots, F.pad(counts.cumsum(0), (1, 0))
+    def slot_map(self) -> SlotMap:
+        """The inverse map, from each token to its slots, of the slots as they are arranged."""
+        return slot_map(self.token, self.filled, self.tokens, self.experts)
 
     def experts_per_token(self) -> Tensor:
         """(N,): how many experts took each token."""
         weights = None if self.filled is None else self.filled.float()
         return torch.bincount(self.token, weights, minlength=self.tokens).long()
-
-
-def top_tokens(affinity: Tensor, capacity: int) -> Tensor:
-    """Indices of the `capacity` largest along the last dimension, (..., T) -> (..., C); ties to the lower index.
-
-    torch.topk leaves the order of ties open. In fp32, affinities are not negative, so their bits order as they do:
-    with the index in the low bits all keys differ, and topk routes alike on every device. Other types are sorted.
-    """
-    tokens = affinity.shape[-1]
-    if affinity.dtype != torch.float32:
-        return affinity.sort(dim=-1, descending=True, stable=True).indices[..., :capacity]
-    backwards = torch.arange(tokens - 1, -1, -1, device=affinity.device)
-    keys = (affinity.contiguous().view(torch.int32).long() << 32) | backwards
-    return keys.topk(capacity, dim=-1).indices
 
 
 class Router(nn.Module):
@@ -100,8 +85,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, group_tokens: int) -> RoutingPlan:
         """x (N, D), its groups consecutive. Affinities (5) are computed in fp32 whatever the type of x."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        affinity = torch.softmax(x.to(wide) @ self.weight.to(wide), dim=-1)
+        affinity = affinities(x, self.weight)
         capacity = int(group_tokens * self.capacity_factor / self.experts)
         spanning = len(x) % group_tokens != 0
         if spanning:
@@ -117,9 +101,7 @@ class Router(nn.Module):
 def expert_choice(affinity: Tensor, capacity: int) -> RoutingPlan:
     """Each expert takes its top-C tokens of each group (6). affinity (G, T, E)."""
     groups, tokens, experts = affinity.shape
-    by_expert = affinity.permute(2, 0, 1)  # (E, G, T)
-    chosen = top_tokens(by_expert.detach(), capacity)  # (E, G, C)
-    gate = by_expert.gather(-1, chosen)
+    chosen, gate = choose(affinity, capacity)  # (E, G, C)
     first = tokens * torch.arange(groups, device=affinity.device)[:, None]
     return RoutingPlan((chosen + first).flatten(), gate.flatten(), groups * tokens, experts)
 

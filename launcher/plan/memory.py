@@ -19,6 +19,7 @@ from ecdit.recipe import ModelRecipe, Recipe
 from launcher.plan.gpus import Gpu
 from launcher.plan.spread import Place, PlannedSpread
 from launcher.plan.trace import TYPES
+from parallel.kernels.rmsprop import ROOTS
 
 BUCKET, BUCKET_A_RANK = 40_000_000, 1_000_000  # elements of a bucket at least, where reduction overlaps
 STATES = 2  # of the optimizer: square and momentum
@@ -99,10 +100,10 @@ def static(recipe: Recipe, place: Place) -> dict[str, float]:
 
 
 def update_peak(recipe: Recipe, place: Place) -> float:
-    """Bytes that the update needs besides, at most: the roots of all squares, or a bucket's slice that is sent."""
+    """Bytes that the update needs besides, at most: some squares' roots, or a bucket's slice that is sent."""
     kinds = both_buffers(recipe, place)
     slices = max(b.largest_bucket / group for b, group in kinds) * TYPES[recipe.train.precision].itemsize
-    return max(4.0 * sum(b.piece for b, _ in kinds), slices)
+    return max(4.0 * min(ROOTS, sum(b.piece for b, _ in kinds)), slices)
 
 
 def encoders_used(recipe: Recipe) -> tuple[bool, bool]:

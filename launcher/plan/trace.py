@@ -24,6 +24,7 @@ from ecdit.model import experts
 from ecdit.model.dit import EcDit
 from ecdit.recipe import Recipe
 from launcher.plan.spread import Place, PlannedSpread, Sent
+from parallel import kernels
 
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ATEN = torch.ops.aten
@@ -38,7 +39,7 @@ OWNERS = {
 }
 MASK_ALIGNMENT = 16  # of the kernel that takes a mask
 VIEWS = ("view", "reshape", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "t.", "detach")
-VIEWS += ("split", "chunk", "unbind", "alias", "as_strided", "unfold", "empty", "narrow", "mT")
+VIEWS += ("new_empty", "split", "chunk", "unbind", "alias", "as_strided", "unfold", "empty", "narrow", "mT")
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,8 @@ def trace(recipe: Recipe, place: Place, layers: int, tokens: int, device: str) -
     spread = PlannedSpread(place, found.sent.append, layers=layers, dispatch_chunks=recipe.parallel.dispatch_chunks)
     kernel = experts.ChunkedFfn.apply if device == "cpu" else experts.batched_ffn
     attention = patch.object(F, "scaled_dot_product_attention", _fused_attention(device))
-    with torch.device("meta"), patch.object(experts, "batched_ffn", kernel), attention:
+    triton = patch.object(kernels, "use_triton", lambda tensor: device == "cuda")
+    with torch.device("meta"), patch.object(experts, "batched_ffn", kernel), attention, triton:
         model = EcDit(recipe.model, 0, spread, recipe.train.recompute).to(TYPES[recipe.train.precision])
         batch, hidden = _inputs(recipe, model, spread, tokens)
         watch = _Watch(found)

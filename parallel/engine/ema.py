@@ -13,8 +13,12 @@ class Ema:
         self.decay = decay
         self.updates = 0
 
+    def next_share(self) -> float:
+        """How much of the weights goes into the average at the next update, which it counts."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        return 1 - decay
+
     def update(self, masters: list[Tensor]) -> None:
         """Takes in the weights of one more update."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.slices, masters, 1 - decay)
-        self.updates += 1
+        torch._foreach_lerp_(self.slices, masters, self.next_share())

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from parallel.checkpoint.boxes import Boxes
 from parallel.engine import Loss, Update, UpdateSettings
 from parallel.engine.ema import Ema
-from parallel.engine.optimizer import RmspropMomentum, Slice, TorchRmsprop, clip_by_global_norm, squared_norms
+from parallel.engine.optimizer import RmspropMomentum, Slice, TorchRmsprop, clip_by_global_norm
 from parallel.engine.pipeline import Pipeline
 from parallel.engine.sharding import Buckets, Catalogue
+from parallel.kernels.rmsprop import squared_norms
 from parallel.parameters import named_parameters
 from parallel.topology import Topology
 
@@ -122,8 +123,7 @@ class MegatronEngine:
         applied = bool(norm.isfinite())
         if applied:
             clip_by_global_norm(self._gradients, norm, self.settings.clip)
-            self._optimizer.step(self._gradients, lr)
-            self._ema.update(self._masters)
+            self._optimizer.step(self._gradients, lr, self._ema)
             self._publish(self._masters)
         return Update(norm.item(), applied)
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TINY = 1e-30  # added to squares, so that a gradient of zero divides to zero
+from parallel.engine.ema import Ema
+from parallel.kernels.rmsprop import TINY, Passes
 
 
 @dataclass
@@ -45,44 +46,40 @@ class RmspropMomentum:
         """`unit_numels`: the size of every whole unit, also of those that this rank has no slice of.
         `sum_over_ranks`: sums a vector with one number a unit over the ranks that share the units."""
         self.weight_decay = weight_decay
-        self.beta_square, self.beta_momentum, self.clip_update = beta_square, beta_momentum, clip_update
-        self._masters = [piece.master for piece in slices]
-        self._decayed = [piece.master for piece in slices if piece.decay]
+        self.beta_square, self.clip_update = beta_square, clip_update
+        masters = [piece.master for piece in slices]
         self._sum = sum_over_ranks
-        device = self._masters[0].device
+        device = masters[0].device
         self._units = torch.tensor([piece.unit for piece in slices], dtype=torch.int64, device=device)
         self._counted = torch.tensor([float(piece.counted) for piece in slices], device=device)
         self._numels = torch.tensor(unit_numels, dtype=torch.float32, device=device)
-        self.states = {
-            "square": [torch.zeros_like(master) for master in self._masters],
-            "momentum": [torch.zeros_like(master) for master in self._masters],
-        }
+        self.states = {kind: [torch.zeros_like(master) for master in masters] for kind in ("square", "momentum")}
+        decays = [piece.decay for piece in slices]
+        self._passes = Passes(*self.states.values(), masters, decays, beta_square, beta_momentum)
         self.step_count = 0
 
     @torch.no_grad()
-    def step(self, gradients: list[Tensor], lr: float) -> None:
-        """One update from fp32 gradients shaped like the slices, which it overwrites."""
+    def step(self, gradients: list[Tensor], lr: float, average: Ema | None = None) -> None:
+        """One update from fp32 gradients shaped like the slices, which it may overwrite; `average` takes in the new
+        weights."""
         self.step_count += 1
-        square, momentum = self.states["square"], self.states["momentum"]
-        torch._foreach_mul_(square, self.beta_square)
-        torch._foreach_addcmul_(square, gradients, gradients, 1 - self.beta_square)
         correction = 1 - self.beta_square**self.step_count
-        root = torch._foreach_div(square, correction)
-        torch._foreach_add_(root, TINY)
-        torch._foreach_sqrt_(root)
-        torch._foreach_div_(gradients, root)  # u
-        torch._foreach_mul_(gradients, self._update_scales(gradients))
-        torch._foreach_lerp_(momentum, gradients, 1 - self.beta_momentum)
-        if self.weight_decay:
-            torch._foreach_mul_(self._decayed, 1 - lr * self.weight_decay)
-        torch._foreach_add_(self._masters, momentum, alpha=-lr)
+        factor = self._factors(self._passes.first(gradients, correction))
+        self._passes.second(
+            gradients,
+            factor,
+            correction,
+            lr=lr,
+            weight_decay=self.weight_decay,
+            averages=None if average is None else average.slices,
+            average_share=0.0 if average is None else average.next_share(),
+        )
 
-    def _update_scales(self, updates: list[Tensor]) -> list[Tensor]:
-        """1 / max(1, rms / clip_update) of each slice's unit, as scalars on the device."""
-        squares = squared_norms(updates, self._numels.device) * self._counted
-        totals = self._sum(torch.zeros_like(self._numels).index_add_(0, self._units, squares))
+    def _factors(self, squares: Tensor) -> Tensor:
+        """1 / max(1, rms / clip_update) of each slice's unit, from the sum of squares of each slice's updates (n,)."""
+        totals = self._sum(torch.zeros_like(self._numels).index_add_(0, self._units, squares * self._counted))
         rms = (totals / self._numels).sqrt()
-        return list((1 / (rms / self.clip_update).clamp(min=1))[self._units].unbind())
+        return (1 / (rms / self.clip_update).clamp(min=1))[self._units]
 
 
 class TorchRmsprop:
@@ -113,8 +110,8 @@ class TorchRmsprop:
         self.step_count = 0  # nothing of this form depends on it
 
     @torch.no_grad()
-    def step(self, gradients: list[Tensor], lr: float) -> None:
-        """One update from fp32 gradients shaped like the slices."""
+    def step(self, gradients: list[Tensor], lr: float, average: Ema | None = None) -> None:
+        """One update from fp32 gradients shaped like the slices; `average` takes in the new weights."""
         self.step_count += 1
         for master, gradient in zip(self._masters, gradients, strict=True):
             master.grad = gradient
@@ -122,11 +119,8 @@ class TorchRmsprop:
             group["lr"] = lr
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-
-
-def squared_norms(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """Sum of squares of each of n tensors -> (n,)."""
-    return torch.stack(torch._foreach_norm(tensors)).square() if tensors else torch.zeros(0, device=device)
+        if average is not None:
+            average.update(self._masters)
 
 
 @torch.no_grad()
