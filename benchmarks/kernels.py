@@ -179,7 +179,7 @@ def _slots(width: int, experts: int) -> Iterator[Case]:
         return slots.dispatch(x, maps[kernels.use_triton(x)])
 
     def dispatch_fp8() -> Any:
-        return slots.dispatch_fp8(x.detach(), maps[kernels.use_triton(x)])
+        return slots.dispatch_fp8(x, maps[kernels.use_triton(x)])
 
     def combine(rows: Tensor, gate: Tensor) -> Tensor:
         return slots.combine(rows, gate, maps[kernels.use_triton(rows)])

@@ -37,7 +37,7 @@ def operator(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]
         _LIBRARY.define(f"{schema} -> ()")
         _LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
         _LIBRARY.impl(name, _nothing, "Meta")
-        return getattr(torch.ops.ecdit, name)
+        return getattr(torch.ops.ecdit, name).default
 
     return register
 

@@ -71,8 +71,10 @@ def dispatch_fp8(x: Tensor, where: SlotMap) -> tuple[Tensor, Tensor]:
     A row is its FP8 numbers times its scale, with which its largest number just fits. Not differentiable, as a
     gradient would have to be FP8 too: `sum_slots` takes a gradient of the rows back.
     """
+    x = x.detach()
     if kernels.use_triton(x):
-        rows, scale = x.new_empty(len(where.token), x.shape[1], dtype=FP8), x.new_empty(len(where.token)).float()
+        rows = x.new_empty(len(where.token), x.shape[1], dtype=FP8)
+        scale = x.new_empty(len(where.token), dtype=torch.float32)
         _gather_fp8(x.contiguous(), where.token, rows, scale)
         return rows, scale
     rows = x.index_select(0, where.token).float()
