@@ -40,7 +40,8 @@ def test_transformer_engine_linears_are_torchs():
     case = Case(Layout(), 1, linears="transformer_engine", model=(("width", 64),))
     found = differences(on_one_gpu(case), train_oracle(case))
     print(case, found)
-    assert found[0] < 1e-5 and found[1] < 1e-3 and found[2] < 1e-3
+    # Transformer Engine lets cuBLAS multiply fp32 in TF32, which keeps ten bits: it did on one machine, not on another
+    assert found[0] < 1e-4 and found[1] < 2e-2 and found[2] < 2e-2
 
 
 def test_bf16_is_within_its_tolerance():

@@ -79,7 +79,8 @@ def dispatch_fp8(x: Tensor, where: SlotMap) -> tuple[Tensor, Tensor]:
         return rows, scale
     rows = x.index_select(0, where.token).float()
     largest = rows.abs().amax(1)
-    scale = torch.where(largest > 0, largest / FP8_LARGEST, 1.0)
+    # by a tensor: CUDA divides by a number through its inverse, which rounds otherwise
+    scale = torch.where(largest > 0, largest / torch.full_like(largest, FP8_LARGEST), 1.0)
     return (rows / scale[:, None]).clamp(-FP8_LARGEST, FP8_LARGEST).to(FP8), scale
 
 
