@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from ecdit.data.encoders import load_text_encoder
 from parallel.topology import Layout
 from tests.layouts import Case, train_case, train_cases, train_oracle
 from tests.ranks import run_on_ranks
+from tests.tiny_encoders import WIDTH, make_text_encoder
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,6 +44,17 @@ def test_transformer_engine_linears_are_torchs():
     print(case, found)
     # Transformer Engine lets cuBLAS multiply fp32 in TF32, which keeps ten bits: it did on one machine, not on another
     assert found[0] < 1e-4 and found[1] < 2e-2 and found[2] < 2e-2
+
+
+def test_a_compiled_text_encoder_is_the_plain_one(tmp_path):
+    folder, device = make_text_encoder(tmp_path / "t5"), torch.device("cuda")
+    encoder = load_text_encoder(str(folder), width=WIDTH, tokens=8, device=device)
+    captions = ["a man", "", "the photo of a woman with a man", "on"]
+    plain, mask = encoder(captions)
+    assert encoder.compile(len(captions))
+    compiled, same_mask = encoder(captions)
+    torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4)
+    assert torch.equal(mask, same_mask)
 
 
 def test_bf16_is_within_its_tolerance():

@@ -6,6 +6,8 @@ dropped, and posteriors sampled, by counter-based draws of the step and the posi
 Shapes: `b` samples, `c` latent channels, `h` latents a side, `L` text tokens, `Y` their width.
 """
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -44,11 +46,21 @@ class Inputs:
             self.text_encoder = load_text_encoder(
                 data.text_encoder, width=model.text_width, tokens=model.text_tokens, device=place.device, dtype=dtype
             )
-            if data.shard_encoders and hasattr(self.text_encoder, "model"):
-                shard_frozen(self.text_encoder.model, place)
+            if hasattr(self.text_encoder, "model"):
+                self._place_text_encoder()
         if encoded.text is not None:
             empty, mask = pad([encoded.text.empty_embedding()], model.text_tokens)
             self._empty = empty.to(place.device), mask.to(place.device)
+
+    def _place_text_encoder(self) -> None:
+        """Spreads it over the ranks where that is asked for; compiles it on a GPU else."""
+        place, recipe = self._place, self._recipe
+        if recipe.data.shard_encoders:
+            shard_frozen(self.text_encoder.model, place)
+        elif place.device.type == "cuda":
+            compiled = self.text_encoder.compile(recipe.train.micro_batch // recipe.parallel.tensor)
+            if place.first and not compiled:
+                print("The text encoder could not be compiled and runs as it is, about half as fast.", file=sys.stderr)
 
     def latents(self, step: int, samples: Samples, positions: Tensor) -> Tensor:
         """(b, c, h, h) in fp32. positions (b,) on the CPU."""

@@ -51,6 +51,7 @@ class PretrainedText:
         if tokens > places:
             raise UserError(f"model.text_tokens: {tokens} is more than the {places} places of {TEXT}: {name}")
         self.model: nn.Module = model.to(device).eval().requires_grad_(False)
+        self._run: Callable[..., Any] = self.model
         self.width: int = model.get_input_embeddings().embedding_dim
         self.tokens, self.device = tokens, device
 
@@ -62,8 +63,18 @@ class PretrainedText:
         ).to(self.device)
         mask = batch["attention_mask"].bool()
         mask[:, 0] = True  # a tokenizer without an end token makes nothing of the empty caption
-        out = self.model(input_ids=batch["input_ids"], attention_mask=mask.long()).last_hidden_state
+        out = self._run(input_ids=batch["input_ids"], attention_mask=mask.long()).last_hidden_state
         return out.float() * mask[..., None], mask
+
+    def compile(self, captions: int) -> bool:
+        """Compiles the model for so many captions at a time: it is nearly twice as fast then on a GPU. Returns False,
+        and leaves it as it is, where that cannot be done (without a C compiler, say)."""
+        self._run = torch.compile(self.model)
+        try:
+            self([""] * captions)
+        except Exception:  # the compiler's errors are of many kinds, and none is worth a run
+            self._run = self.model
+        return self._run is not self.model
 
 
 class KlLatents:
