@@ -36,14 +36,16 @@ def _functions(experts: int) -> tuple[dict[str, Callable[[], None]], dict[str, s
     ffn = _normal(Ffn(D, Spread()))
     tokens = torch.randn(G, T, D)
     equal_flops = torch.randn(CAPACITY_FACTOR * G * T, D)
-    weights = (moe.router.weight, moe.experts.w1, moe.experts.w2)
+    weights = (moe.router.weight, moe.experts.up, moe.experts.down)
     layer, dense, printed = (
         f"{name}, E {experts}" for name in ("EC-DiT layer", "dense FFN of equal FLOPs", "Algorithm 1 as printed")
     )
+    router, up, down = weights
+    capacity = T * CAPACITY_FACTOR // experts
     functions = {
         dense: _step(lambda x: ffn(x), equal_flops, list(ffn.parameters())),
         layer: _step(lambda x: moe(x, T)[0], tokens, list(weights)),
-        printed: _step(lambda x: algorithm_1(x, *weights, T * CAPACITY_FACTOR // experts), tokens, list(weights)),
+        printed: _step(lambda x: algorithm_1(x, router, up.mT, down.mT, capacity), tokens, list(weights)),
     }
     return functions, {layer: dense, printed: layer}
 

@@ -10,7 +10,8 @@ from pydantic import Field, PlainValidator, model_validator
 
 from ecdit.model.sizes import SIZES
 from ecdit.recipe_data import DataRecipe
-from ecdit.recipe_rules import divides, layout_divides
+from ecdit.recipe_evaluation import EvaluationRecipe
+from ecdit.recipe_rules import compile_fits, divides, evaluations_have_checkpoints, fp8_fits, graph_fits, layout_divides
 from ecdit.recipe_section import PositiveFloat, PositiveInt, Section, Share
 
 
@@ -204,15 +205,28 @@ class TrainRecipe(Section):
     recompute: Literal["none", "moe", "block"] = Field(
         "none", description="What backward computes again instead of keeping: nothing, MoE layers, whole blocks."
     )
+    graph: bool = Field(
+        False, description="Replay the step as one CUDA graph; needs a GPU and static shapes (no megatron_topk)."
+    )
+    compile: bool = Field(
+        False, description="Compile the blocks with torch.compile: a minute's start for faster steps on a GPU."
+    )
     linears: Literal["torch", "transformer_engine"] = Field(
         "torch", description="Whose linears the blocks are made of; transformer_engine needs its extra and a GPU."
     )
 
 
 class PrecisionRecipe(Section):
-    """Below bf16."""
+    """Products in FP8, by Transformer Engine on a GPU, from fp32 masters as under bf16."""
 
-    fp8: Literal["none"] = Field("none", description="FP8 is not supported by this version.")
+    fp8: Literal["none", "delayed", "current", "block"] = Field(
+        "none",
+        description="How tensors are scaled: by the steps before (delayed), by themselves (current), or each block of "
+        "them (block). Shapes that the library has no product for stay in bf16, which is told.",
+    )
+    where: list[Literal["experts", "linears"]] = Field(
+        ["experts", "linears"], min_length=1, description="Whose products: experts', and those of attention and FFNs."
+    )
 
 
 class ParallelRecipe(Section):
@@ -271,6 +285,9 @@ class SampleRecipe(Section):
     solver: Literal["euler", "heun"] = Field("euler", description="Of the ODE.")
     guidance: Annotated[float, Field(ge=0)] = Field(5.0, description="Scale of classifier-free guidance.")
     shift: PositiveFloat = Field(1.0, description="Shift of the time grid towards noise (SD3's map).")
+    batch: PositiveInt = Field(
+        1, description="Pictures that a rank computes at once: always as many, so that they are always rounded alike."
+    )
 
 
 class HangRecipe(Section):
@@ -329,6 +346,10 @@ class Recipe(Section):
     """A run, whole."""
 
     run: str = Field(pattern=r"^[\w.-]+$", description="Name of the run; its folder is runs/NAME.")
+    init_from: str | None = Field(
+        None,
+        description="Where the first weights come from: a run's folder, or what `ecdit export` wrote; null: the seed.",
+    )
     model: ModelRecipe = Field(description="The network.")
     data: DataRecipe = Field(description="Images and captions.")
     diffusion: DiffusionRecipe = Field(DiffusionRecipe(), description="The flow.")
@@ -341,6 +362,7 @@ class Recipe(Section):
     checkpoint: CheckpointRecipe = Field(CheckpointRecipe(), description="Checkpoints.")
     log: LogRecipe = Field(LogRecipe(), description="Logging.")
     sample: SampleRecipe = Field(SampleRecipe(), description="Sampling.")
+    evaluation: EvaluationRecipe = Field(EvaluationRecipe(), description="Evaluation while it trains.")
     cluster: ClusterRecipe = Field(ClusterRecipe(), description="The job on SLURM.")
 
     @model_validator(mode="after")
@@ -352,6 +374,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _layout_divides(self):
         layout_divides(self)
+        graph_fits(self)
+        compile_fits(self)
+        fp8_fits(self)
+        evaluations_have_checkpoints(self)
         return self
 
     @model_validator(mode="after")

@@ -40,6 +40,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(values, str(path))
 
 
+def change_recipe(recipe: Recipe, overrides: Sequence[str], source: str) -> Recipe:
+    """The recipe with `key=value` overrides. Raises UserError as `load_recipe` does."""
+    values = recipe.model_dump(mode="json")
+    for override in overrides:
+        _override(values, override)
+    return parse_recipe(values, source)
+
+
 def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
     """Checks plain values against the schema. Raises UserError with one line for each mistake."""
     try:

@@ -37,3 +37,89 @@ def layout_divides(recipe: "Recipe") -> None:
     if parallel.dispatch_chunks > 1:
         here = model.experts // parallel.expert
         divides(parallel.dispatch_chunks, here, "parallel.dispatch_chunks", "the experts of a rank")
+
+
+def graph_fits(recipe: "Recipe") -> None:
+    """A step that is to be a CUDA graph does the same work every time, and never asks the host."""
+    if not recipe.train.graph:
+        return
+    for key, value, bad, instead in (
+        ("model.routing", recipe.model.routing, "megatron_topk", "whose shapes change, try expert_choice"),
+        ("optimizer.name", recipe.optimizer.name, "torch_rmsprop", "which waits for the host, try rmsprop_momentum"),
+    ):
+        if value == bad:
+            raise ValueError(f"@train.graph: true does not go with {key}: {value}, {instead}")
+    if recipe.parallel.pipeline > 1:
+        raise ValueError(
+            f"@train.graph: true does not go with parallel.pipeline: {recipe.parallel.pipeline}, whose stages wait for "
+            "each other; set one of the two to false or 1"
+        )
+
+
+def compile_fits(recipe: "Recipe") -> None:
+    """Libraries' layers are not for torch.compile to read."""
+    if not recipe.train.compile:
+        return
+    for key, value, good in (
+        ("model.routing", recipe.model.routing, ("expert_choice", "token_choice", "dense")),
+        ("train.linears", recipe.train.linears, ("torch",)),
+        ("precision.fp8", recipe.precision.fp8, ("none",)),
+    ):
+        if value not in good:
+            raise ValueError(
+                f"@train.compile: true does not go with {key}: {value}; set it to false, or {key} to "
+                f"{' or '.join(good)}"
+            )
+
+
+FP8_MULTIPLE = 16  # of every dimension of a product
+
+
+def fp8_fits(recipe: "Recipe") -> None:
+    """Products in FP8 have dimensions that the hardware can take."""
+    model, train, parallel, precision = recipe.model, recipe.train, recipe.parallel, recipe.precision
+    if precision.fp8 == "none":
+        return
+    if train.precision != "bf16":
+        raise ValueError(f"@precision.fp8: {precision.fp8} goes with train.precision: bf16, not {train.precision}")
+    if precision.fp8 == "delayed":
+        for key, value, good in (
+            ("train.recompute", train.recompute, "none"),
+            ("parallel.pipeline", parallel.pipeline, 1),
+        ):
+            if value != good:
+                raise ValueError(
+                    f"@precision.fp8: delayed does not go with {key}: {value}; try current or block, or {key}: {good}"
+                )
+    parts = {"experts": parallel.expert_tensor, "linears": parallel.tensor}
+    for where in precision.where:
+        if model.width // parts[where] % FP8_MULTIPLE:
+            raise ValueError(
+                f"@precision.where: {where} have a width of {model.width // parts[where]} on a rank; FP8 needs a "
+                f"multiple of {FP8_MULTIPLE}"
+            )
+    if "experts" in precision.where and model.grouped:
+        _rows_fit(recipe)
+
+
+def _rows_fit(recipe: "Recipe") -> None:
+    model, train, parallel = recipe.model, recipe.train, recipe.parallel
+    for _, ratio in recipe.masking.schedule:
+        kept = int(model.tokens * (1 - ratio))
+        rows = train.micro_batch * kept * model.capacity_factor / model.experts * parallel.expert / parallel.tensor
+        if rows % FP8_MULTIPLE:
+            raise ValueError(
+                f"@train.micro_batch: {train.micro_batch} images of {kept} tokens give an expert {rows:g} rows; "
+                f"precision.fp8 needs a multiple of {FP8_MULTIPLE}"
+            )
+
+
+def evaluations_have_checkpoints(recipe: "Recipe") -> None:
+    """What is evaluated is a checkpoint."""
+    every, saved = recipe.evaluation.every, recipe.checkpoint.every
+    if every % saved:
+        near = max(saved, round(every / saved) * saved)
+        raise ValueError(
+            f"@evaluation.every: {every} is no multiple of checkpoint.every: {saved}, and only checkpoints are "
+            f"evaluated; try {near}"
+        )

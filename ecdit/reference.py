@@ -194,12 +194,12 @@ class Moe(nn.Module):
         self.router = nn.Module()
         self.router.weight = parameter(width, experts)
         self.experts = nn.Module()
-        self.experts.w1 = parameter(experts, width, 4 * width)
-        self.experts.w2 = parameter(experts, 4 * width, width)
+        self.experts.up = parameter(experts, 4 * width, width)
+        self.experts.down = parameter(experts, width, 4 * width)
 
     def forward(self, x: Tensor, group_tokens: int) -> tuple[Tensor, Tensor]:
         groups = x.reshape(-1, group_tokens, x.shape[-1])
-        weights = (self.router.weight, self.experts.w1, self.experts.w2)
+        weights = (self.router.weight, self.experts.up.mT, self.experts.down.mT)
         if self.config.routing == "expert_choice":
             out = expert_choice_moe(groups, *weights, self.config.capacity_factor)
             return out.view_as(x), x.new_zeros((), dtype=torch.float32)

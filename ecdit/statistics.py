@@ -31,10 +31,10 @@ class RoutingStatistics:
 
     @staticmethod
     def record(sums: Tensor) -> dict[str, list[float]]:
-        """From the sums over all ranks: one number a layer."""
+        """From the sums over all ranks, on the host: one number a layer."""
         if not len(sums):
             return {}
-        tokens, unrouted, experts, squares = sums.double().cpu().unbind(1)
+        tokens, unrouted, experts, squares = sums.double().unbind(1)
         mean = experts / tokens
         spread = (squares / tokens - mean.square()).clamp(min=0).sqrt()
         return {"unrouted_share": (unrouted / tokens).tolist(), "experts_per_token_std": spread.tolist()}

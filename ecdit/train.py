@@ -3,30 +3,31 @@
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from ecdit.assemble import DTYPES, assemble_engine, check_job, start_topology
+from ecdit.assemble import assemble_engine, check_job, start_topology
 from ecdit.callbacks import Callback
 from ecdit.data.inputs import Inputs, open_stream
 from ecdit.data.stream import Batch
 from ecdit.diffusion.draws import draw
 from ecdit.diffusion.masking import keep_count, ratio_at
-from ecdit.diffusion.objective import MicroBatch, objective, to_differentiate
-from ecdit.errors import UserError
+from ecdit.diffusion.objective import MicroBatch
+from ecdit.dtypes import DTYPES
+from ecdit.errors import UserError, explain
+from ecdit.evaluate.held import held
+from ecdit.init_from import fill_state, open_source
 from ecdit.model.count import forward_flops
 from ecdit.peak import peak_flops
 from ecdit.recipe import Recipe
 from ecdit.recipe_io import dump_recipe
 from ecdit.run import Run, check_same_model
 from ecdit.schedule import learning_rate
-from ecdit.statistics import RoutingStatistics
 from ecdit.status import (
     NOT_FINITE,
     SECONDS_BETWEEN_UPDATES,
@@ -36,6 +37,7 @@ from ecdit.status import (
     record_failure,
     update_status,
 )
+from ecdit.step import Launched, Result, Step
 from ecdit.stop import StopRequest
 from parallel import topology
 from parallel.checkpoint import CheckpointError
@@ -43,11 +45,13 @@ from parallel.checkpoint.folder import Keep, committed
 from parallel.checkpoint.lock import FolderLock
 from parallel.checkpoint.store import CheckpointStore
 from parallel.collectives import measured
+from parallel.device import to_device
 from parallel.failure import together
+from parallel.graph import own_stream
 from parallel.topology import Topology
 from parallel.watchdog import Watchdog
 
-# exit codes: done, a run that cannot go on, bad input, stopped with a checkpoint
+# exit codes: done, a run that cannot go on, bad input (see `explain`), stopped with a checkpoint
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 MOST_SKIPPED_IN_A_ROW = 10
 
@@ -79,16 +83,20 @@ class Trainer:
         self._stop, self._end_all = stop, end_all
         device = place.device
         check_job(recipe, place)
+        # looked at before anything else is loaded; a run that has begun goes on without it
+        self._source = open_source(recipe) if recipe.init_from and not committed(run.checkpoints) else None
         self.stream = open_stream(recipe, self.topology.data_rank, self.topology.data_ranks)
         self.inputs = Inputs(recipe, self.stream.encoded, place, DTYPES[recipe.train.precision])
         self.engine = assemble_engine(recipe, place)
-        routed = [layer for layer in range(recipe.model.layers) if recipe.model.sparse(layer) and recipe.model.grouped]
-        self._routed = routed, [layer for layer in routed if str(layer) in self.engine.model.blocks]
+        self._step = Step(recipe, self.engine, place)
+        # a GPU computes a step while the host reports the one before and prepares the next
+        self._ahead = int(device.type == "cuda")
+        self._ended = 0.0
         keep = recipe.checkpoint.keep
         self.store = CheckpointStore(
             run.checkpoints,
             place,
-            Keep(keep.last, keep.every),
+            Keep(keep.last, keep.every, partial(held, run)),
             asynchronous=recipe.checkpoint.asynchronous,
             timeout_minutes=recipe.parallel.timeout_minutes,
         )
@@ -131,82 +139,88 @@ class Trainer:
 
     def _loop(self) -> int:
         self._status(state="running", why="", kind="", step=self.progress.step, ranks=self.topology.ranks)
-        batches = self.stream.batches(self.progress.step, self.topology.device)
-        while self.progress.step < self.recipe.train.steps:
-            with self._watchdog.step(), self._measured():
-                record = self._step(batches)
-                stop = self.topology.agree(self._stop.signal is not None)
-            self._report(record)
-            self._tell_of_save()
+        batches, launched = self.stream.batches(self.progress.step, self.topology.device), deque[Launched]()
+        step, last = self.progress.step, self.recipe.train.steps
+        while step < last:
+            with self._watchdog.step(), self._measured(step + 1):
+                launched.append(self._launch(step, batches))
+                step += 1
+                ended = _wait(launched, leaving=0 if self._is_seen(step) else self._ahead)
+            for one in ended:
+                self._report_step(*one)
             if self.progress.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
                 return self._give_up()
-            if stop:
+            if any(result.stop for _, result, _ in ended):
                 self._save_and_wait()
                 why = self._stop.signal or "another rank was told to stop"
-                self._status(state="requeue", why=why, step=self.progress.step)
+                self._status(state="requeue", why=why, step=step)
                 return STOPPED
-            if self.progress.step == self.recipe.train.steps:
+            if step == last:
                 self._save_and_wait()
-            elif self.progress.step % self.recipe.checkpoint.every == 0:
+            elif step % self.recipe.checkpoint.every == 0:
                 self._save()
         return DONE
 
-    def _step(self, batches: Iterator[Batch]) -> dict[str, Any]:
-        recipe, step, began = self.recipe, self.progress.step, time.perf_counter()
+    def _is_seen(self, step: int) -> bool:
+        """Whether something is done with the weights as they are after so many steps, or the next is measured alone."""
+        recipe = self.recipe
+        if step == recipe.train.steps or recipe.log.collectives - step in (0, 1):
+            return True
+        return any(every and step % every == 0 for every in (recipe.checkpoint.every, recipe.log.grid_every))
+
+    def _launch(self, step: int, batches: Iterator[Batch]) -> Launched:
+        began, schedule = time.perf_counter(), self.recipe.optimizer
         batch = next(batches)
         waited = time.perf_counter() - began
-        logged = (step + 1) % recipe.log.every == 0 or step + 1 == recipe.train.steps
-        device, images = self.topology.device, recipe.train.batch // self.topology.data_ranks
-        routing = RoutingStatistics(*self._routed, device)
-        velocity = torch.zeros((), device=device)
-
-        def loss(model: nn.Module, micro: MicroBatch, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-            per_image, extra, out = objective(model, micro, recipe, hidden)
-            if logged:
-                routing.add(out.plans)
-            if per_image is not None:
-                velocity.add_(per_image.detach().sum() / images)
-            return to_differentiate(per_image, extra, out, len(micro.latents), images)
-
-        count = images // recipe.train.micro_batch
-        shape = self.engine.model.hidden_shape(recipe.train.micro_batch, self._tokens(step))
-        total = self.engine.accumulate(self._micro_batches(batch), count, loss, shape)
-        # every tensor rank has its data rank's loss, on the last stage
-        velocity = self.topology.sum(velocity / (self.topology.data_ranks * self.topology.layout.tensor)).item()
-        schedule = recipe.optimizer
         lr = learning_rate(
-            step, lr=schedule.lr, warmup=schedule.warmup, steps=recipe.train.steps, kind=schedule.schedule
+            step, lr=schedule.lr, warmup=schedule.warmup, steps=self.recipe.train.steps, kind=schedule.schedule
         )
-        finite = bool(total.isfinite())
-        update = self.engine.update(lr) if finite else None
-        self._count(applied=update is not None and update.applied)
-        seconds = time.perf_counter() - began
-        return {
-            "step": self.progress.step,
-            "loss": velocity,
-            "grad_norm": update.grad_norm if update else float("nan"),
-            "lr": lr,
-            "images_per_s": recipe.train.batch / seconds,
-            "mfu": self._step_flops(step) / seconds / self.peak,
-            "seconds": seconds,
-            "waited": waited,
-            "skipped": self.progress.skipped,
-            **({"memory": self.topology.memory()} if logged else {}),
-            **(routing.record(self.topology.sum(routing.sums())) if logged else {}),
-            **({"sample_ids": self.topology.gather(batch.samples.keys)} if recipe.log.samples else {}),
-            "logged": logged,
-        }
+        return self._step(
+            step,
+            self._micro_batches(batch),
+            lr,
+            stop=self._stop.signal is not None,
+            logged=(step + 1) % self.recipe.log.every == 0 or step + 1 == self.recipe.train.steps,
+            began=began,
+            waited=waited,
+            samples=batch.samples,
+        )
+
+    def _report_step(self, launched: Launched, result: Result, ended: float) -> None:
+        about, recipe = launched.about, self.recipe
+        # while steps overlap, one takes as long as it ends after the one before
+        seconds, self._ended = ended - max(about["began"], self._ended), ended
+        step = self.progress.step
+        self._count(applied=result.applied)
+        self._report(
+            {
+                "step": self.progress.step,
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "lr": about["lr"],
+                "images_per_s": recipe.train.batch / seconds,
+                "mfu": self._step_flops(step) / seconds / self.peak,
+                "seconds": seconds,
+                "waited": about["waited"],
+                "skipped": self.progress.skipped,
+                **({"memory": result.memory} if launched.logged else {}),
+                **result.routing,
+                **({"sample_ids": self.topology.gather(about["samples"].keys)} if recipe.log.samples else {}),
+                "logged": launched.logged,
+            }
+        )
+        self._tell_of_save()
 
     @contextmanager
-    def _measured(self) -> Iterator[None]:
+    def _measured(self, step: int) -> Iterator[None]:
         """The step whose collectives are to be measured is, and what is found is written."""
-        if self.progress.step + 1 != self.recipe.log.collectives:
+        if step != self.recipe.log.collectives:
             yield
             return
         with measured() as found:
             yield
         if self.topology.first:
-            text = json.dumps({"step": self.progress.step, **vars(found)}, indent=1)
+            text = json.dumps({"step": step, **vars(found)}, indent=1)
             self.run.collectives_file.write_text(text + "\n", encoding="utf-8")
 
     def _micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
@@ -216,7 +230,7 @@ class Trainer:
             samples, positions = batch.samples[part], batch.positions[part]
             text, mask = self.inputs.text(batch.step, samples, positions)
             latents = self.inputs.latents(batch.step, samples, positions)
-            draws = draw(self.recipe, batch.step, positions.to(device))
+            draws = draw(self.recipe, batch.step, to_device(positions, device))
             yield MicroBatch(latents, text, mask, draws)
 
     def _count(self, *, applied: bool) -> None:
@@ -286,14 +300,30 @@ class Trainer:
         for message in messages:
             self._tell(message)
         if saved is None:
+            self._start()
             return
         changes = check_same_model(self.recipe, saved)
-        saved.load(self.engine.state())
+        state = self.engine.state()
+        # scales of FP8 are found anew in a few steps, so a run may begin with FP8 in its middle
+        missing = [name for name in state if name.startswith("fp8/") and name not in saved.names]
+        if missing:
+            self._tell(f"{saved.folder} has no scales of FP8 for {len(missing)} tensors; they begin anew.")
+        saved.load({name: boxes for name, boxes in state.items() if name not in missing})
         self.engine.loaded(saved.meta["updates"])
         self.progress = Progress(saved.step, saved.meta["updates"], saved.meta["skipped"])
         self._tell(f"Resumed from {saved.folder} at step {saved.step}.")
         for change in changes:
             self._tell(change)
+
+    def _start(self) -> None:
+        """The first step's weights: those of the seed, or of `init_from`."""
+        if not self.recipe.init_from:
+            return
+        source = self._source or open_source(self.recipe)  # the checkpoints there were may all be broken
+        source.check(self.topology.rank, self.topology.ranks)
+        for message in fill_state(self.recipe, source, self.engine.state()):
+            self._tell(message)
+        self.engine.loaded(0)
 
     def _report(self, record: dict[str, Any]) -> None:
         self._notify(lambda callback: callback.on_step(self, record))
@@ -327,6 +357,19 @@ class Trainer:
             update_status(self.run.folder, **changes)
 
 
+def _wait(launched: deque[Launched], leaving: int) -> list[tuple[Launched, Result, float]]:
+    """Waits for all launched steps but the last `leaving`; of each, what it found and when it was there.
+
+    Once a rank was told to stop, which all ranks find in the same step, none is left.
+    """
+    ended = []
+    while len(launched) > leaving:
+        one = launched.popleft()
+        ended.append((one, one.result(), time.perf_counter()))
+        leaving = 0 if ended[-1][1].stop else leaving
+    return ended
+
+
 def train(recipe: Recipe, runs: Path, callbacks: list[Callback], stop: StopRequest | None = None) -> int:
     """Trains `recipe` in `runs/NAME`, from its newest checkpoint if it has one. Returns the exit code.
 
@@ -348,7 +391,7 @@ def train(recipe: Recipe, runs: Path, callbacks: list[Callback], stop: StopReque
         except Exception as error:
             report(int(os.environ.get("RANK", 0)), error)
             raise
-        with together(place, run.log_file(place.rank), _explain, report) as end_all:
+        with own_stream(place.device), together(place, run.log_file(place.rank), explain, report) as end_all:
             trainer = Trainer(recipe, run, callbacks, place, stop, end_all)
             return trainer.fit()
     finally:
@@ -370,10 +413,3 @@ def _alone(run: Run, place: Topology) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _explain(error: BaseException) -> tuple[str, int] | None:
-    """Message and exit code of an error that is not a crash."""
-    if isinstance(error, UserError):
-        return str(error), BAD_INPUT
-    return ("interrupted", 130) if isinstance(error, KeyboardInterrupt) else None

@@ -6,9 +6,13 @@ Imports nothing heavy: the command asks before it imports torch.
 import os
 import re
 import subprocess
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 FIRST_PORT, PORTS = 20_000, 20_000
+# what torchrun, srun and sbatch tell a job's processes of their place, but for where SLURM itself is
+OF_JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+OF_JOBS = ("GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SLURM_", "SBATCH_", "SRUN_", "PMI_", "PMIX_")
+OF_SITE = "SLURM_CONF"
 
 
 class JobError(Exception):
@@ -31,6 +35,12 @@ def adopt_slurm(environ: MutableMapping[str, str] = os.environ) -> None:
         environ["MASTER_ADDR"] = _first_host(environ["SLURM_STEP_NODELIST"])
     number = int(environ["SLURM_JOB_ID"]) * 7 + int(environ["SLURM_STEP_ID"])
     environ.setdefault("MASTER_PORT", str(FIRST_PORT + number % PORTS))
+
+
+def outside(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment for a command that is no part of this process's job, though it may be on its node."""
+    told = {name for name in environ if name in OF_JOB or name.startswith(OF_JOBS)} - {OF_SITE}
+    return {name: value for name, value in environ.items() if name not in told}
 
 
 def under_srun(environ: MutableMapping[str, str] = os.environ) -> bool:

@@ -23,6 +23,7 @@ import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -100,6 +101,11 @@ class Topology:
         return self.rank == 0
 
     @property
+    def speaks(self) -> bool:
+        """Whether this rank is the one of its data rank that writes what all of that have."""
+        return self.groups.tp.rank() == 0 and self.first_stage
+
+    @property
     def first_stage(self) -> bool:
         """Whether this rank has the model's first layers."""
         return self.groups.pp.rank() == 0
@@ -137,21 +143,25 @@ class Topology:
             found.append(whole)
         return tuple(found)
 
-    def agree(self, flag: bool) -> bool:
-        """Whether any rank raised the flag: all ranks get the same answer."""
-        raised = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
-        return bool(raised)
+    def everyones(self, item: Any) -> list:
+        """What each rank has, in the order of the ranks; returns once all have come here."""
+        if self.ranks == 1:
+            return [item]
+        items = [None] * self.ranks
+        dist.all_gather_object(items, item)
+        return items
 
     def memory(self) -> int:
-        """Bytes that a rank had at most so far, on its GPU, or of its process on a CPU: those of the rank with most."""
+        """Bytes that this rank had at most so far, on its GPU, or of its process on a CPU."""
         if self.device.type == "cuda":
-            own = torch.cuda.max_memory_allocated(self.device)
-        else:
-            own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        most = torch.tensor(own, dtype=torch.int64, device=self.device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        return int(most)
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def max(self, values: torch.Tensor) -> torch.Tensor:
+        """Largest numbers of all ranks, in place."""
+        if self.ranks > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of a tensor over all ranks, in place."""

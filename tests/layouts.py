@@ -36,6 +36,7 @@ class Case:
     accumulation: int = 1
     chunks: int = 1
     recompute: str = "none"
+    compiled: bool = False
     batch: int = 32
     precision: torch.dtype = torch.float32
     linears: str = "torch"
@@ -72,7 +73,7 @@ class Case:
             )
             if value > 1
         ]  # fmt: skip
-        parts += ["sp"] * size.sequence + ["masked"] * self.masked
+        parts += ["sp"] * size.sequence + ["masked"] * self.masked + ["compiled"] * self.compiled
         return " ".join([*parts, self.routing, *([self.recompute] if self.recompute != "none" else [])])
 
 
@@ -106,7 +107,7 @@ def build(case: Case, place: topology.Topology) -> tuple[EcDit, MegatronEngine]:
     """This rank's part of the model, and its engine."""
     spread = RankSpread(place, linears=case.linears, dispatch_chunks=case.chunks)
     with place.device:
-        model = EcDit(case.recipe().model, spread=spread, recompute=case.recompute)
+        model = EcDit(case.recipe().model, spread=spread, recompute=case.recompute, compiled=case.compiled)
         randomize(model)
     model.to(case.precision)
     return model, MegatronEngine(model, place, SETTINGS)

@@ -24,8 +24,7 @@ def run_on_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[A
 
 def start_ranks(function: Callable[..., Any], world: int, port: int, queue: Any, args: tuple) -> list[mp.Process]:
     """Processes that call the function and put what it returned into the queue."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["ecdit.train"])  # imports torch and megatron-core once, not once a rank
+    context = _server()
     variables = {name: value for name, value in os.environ.items() if name.startswith("ECDIT_")}
     processes = [
         context.Process(target=_rank, args=(function, rank, world, port, variables, args, queue))
@@ -34,6 +33,20 @@ def start_ranks(function: Callable[..., Any], world: int, port: int, queue: Any,
     for process in processes:
         process.start()
     return processes
+
+
+def forked(function: Callable[..., None], *args: Any) -> mp.Process:
+    """A process that has begun to call the function."""
+    process = _server().Process(target=function, args=args)
+    process.start()
+    return process
+
+
+def _server() -> Any:
+    """Of processes that have imported torch, megatron-core and the rest already: once, not once a process."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["ecdit.train", "ecdit.evaluate.suites", "ecdit.cli"])
+    return context
 
 
 def free_port() -> int:

@@ -45,7 +45,7 @@ def train(settings=SETTINGS, precision=torch.float32, poison=None):
         micro = [[tensor[i : i + 2] for tensor in part] for i in range(0, images, 2)]  # two images fill a group
         loss = engine.accumulate(micro, len(micro), partial(loss_of, share=2 / images), NO_STAGES)
         update = engine.update(LR)
-        trace.append((loss.item(), update.grad_norm, update.applied))
+        trace.append((loss.item(), update.grad_norm.item(), update.applied.item()))
     state = {kind: whole_kind(engine, kind) for kind in engine_kinds(engine)}
     topology.stop()
     return trace, state

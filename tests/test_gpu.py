@@ -3,7 +3,11 @@
 import pytest
 import torch
 
+from ecdit import load_recipe
+from ecdit.callbacks import Callback
 from ecdit.data.encoders import load_text_encoder
+from ecdit.data.prepare import prepare_shapes
+from ecdit.train import train
 from parallel.topology import Layout
 from tests.layouts import Case, train_case, train_cases, train_oracle
 from tests.ranks import run_on_ranks
@@ -73,3 +77,36 @@ def test_two_gpus_over_nccl_train_as_the_oracle(layout):
         found = differences(run_on_ranks(train_cases, 2, [case])[0][0], train_oracle(case))
         print(case, precision, found)
         assert found[0] < tolerances[0] and found[1] < tolerances[1]
+
+
+class Curve(Callback):
+    """Keeps the losses; from the third to the sixth step, whatever makes the host wait is an error."""
+
+    def __init__(self):
+        self.losses: list[float] = []
+
+    def on_step(self, trainer, record):
+        self.losses.append(record["loss"])
+        if record["step"] in (3, 6):
+            torch.cuda.set_sync_debug_mode("error" if record["step"] == 3 else "default")
+
+    def on_message(self, message):
+        print(message)
+
+
+@pytest.mark.parametrize("routing", ["expert_choice", "token_choice", "dense"])
+def test_a_step_makes_no_host_wait_and_is_the_same_as_a_graph(tmp_path, routing):
+    prepare_shapes(tmp_path / "shapes", count=64, seed=0)
+    changes = [
+        f"data.streams=[{{path: {tmp_path}/shapes}}]", f"model.routing={routing}", "train.steps=10", "train.batch=16",
+        "train.micro_batch=8", "masking.ratio=[[0,0.5],[6,0.0]]", "log.grid_every=0", "checkpoint.every=100",
+    ]  # fmt: skip
+    curves = {}
+    for graph in (False, True):
+        name = f"{routing}-{graph}"
+        recipe = load_recipe("recipes/quickstart.yaml", [*changes, f"train.graph={graph}", f"run={name}"])
+        curve = Curve()
+        assert train(recipe, tmp_path, [curve]) == 0
+        curves[graph] = curve.losses
+    print(routing, max(abs(a - b) / b for a, b in zip(curves[True], curves[False], strict=True)))
+    assert curves[True] == pytest.approx(curves[False], rel=1e-5)

@@ -21,6 +21,7 @@ from ecdit.model.router import expert_choice, token_choice
 from parallel import kernels
 from parallel.engine.ema import Ema
 from parallel.engine.optimizer import RmspropMomentum, Slice
+from parallel.kernels import rmsprop
 from parallel.spread import Spread
 
 pytest.importorskip("triton")
@@ -205,7 +206,7 @@ def test_fp8_rows_are_their_twins(device, dtype):
     found = []
     for triton in (True, False):
         with patch.object(kernels, "use_triton", lambda tensor, triton=triton: triton):
-            found.append(slots.dispatch_fp8(x, plan.slot_map))
+            found.append(slots.dispatch_fp8(x, plan.slot_map()))
     (rows, scale), (twin, twin_scale) = found
     assert torch.equal(scale, twin_scale)
     expected, step = x[plan.token].float(), 1 / 16  # half of the last of three bits of the mantissa
@@ -225,11 +226,11 @@ def test_a_layer_of_kernels_is_the_oracles(device, routing):
     with torch.no_grad():
         for i, weight in enumerate(moe.parameters()):
             weight.copy_(normal(*weight.shape, device=device, seed=i) / 4)
-    weights = [moe.router.weight, moe.experts.w1, moe.experts.w2]
+    weights = [moe.router.weight, moe.experts.up, moe.experts.down]
     layer = {"expert_choice": reference.expert_choice_moe, "token_choice": reference.token_choice_moe}[routing]
 
-    def oracle(x, *weights):
-        out = layer(x, *weights, 2.0)
+    def oracle(x, router, up, down):
+        out = layer(x, router, up.mT, down.mT, 2.0)
         return out if routing == "expert_choice" else out[0]
 
     def ours(x, *weights):
@@ -301,3 +302,32 @@ def test_the_update_is_its_twin(device):
         found.append([*masters, *ema.slices, *optimizer.states["square"], *optimizer.states["momentum"]])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-6)
+
+
+def test_an_update_copies_nothing_from_the_host_after_the_first(device, monkeypatch):
+    """A graph would repeat the copy, from memory that has long been something else."""
+    copies = []
+    monkeypatch.setattr(rmsprop, "to_device", lambda table, device: copies.append(1) or table.to(device))
+    masters = list(normal(40, device=device, seed=0).split([30, 10]))
+    gradients = list(normal(40, device=device, seed=1).split([30, 10]))
+    optimizer = RmspropMomentum([Slice(m, unit, True) for unit, m in enumerate(masters)], [30, 10])
+    ema, counts = Ema(masters, 0.9), []
+    with patch.object(kernels, "use_triton", lambda tensor: True):
+        for _ in range(3):
+            optimizer.step(gradients, 0.1, ema)
+            counts.append(len(copies))
+    assert 0 < counts[0] == counts[1] == counts[2]
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_an_update_that_is_not_to_be_changes_nothing(device, triton):
+    masters = list(normal(40, device=device, seed=0).split([30, 10]))
+    optimizer = RmspropMomentum([Slice(m, unit, True) for unit, m in enumerate(masters)], [30, 10], weight_decay=0.1)
+    ema = Ema(masters, 0.9)
+    before = [t.clone() for t in (*masters, *ema.slices)]
+    gradients = [torch.full_like(m, torch.nan) for m in masters]
+    with patch.object(kernels, "use_triton", lambda tensor: triton):
+        optimizer.step(gradients, 0.1, ema, torch.tensor(False, device=device))
+    assert all(torch.equal(a, b) for a, b in zip((*masters, *ema.slices), before, strict=True))
+    assert optimizer.updates == 0 and ema.updates == 0
+    assert not any(state.any() for states in optimizer.states.values() for state in states)

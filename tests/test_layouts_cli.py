@@ -11,19 +11,20 @@ import pytest
 
 from ecdit.callbacks.metrics import read_metrics
 from ecdit.data.prepare import prepare_shapes
-from tests.test_train import TINY, complaint, ecdit
+from tests.command import ecdit
+from tests.test_train import TINY, complaint
 
 ROOT = Path(__file__).parents[1]
 FAIL_ON_RANK_2 = """
 import os
 from ecdit.cli import main
 from ecdit.train import Trainer
-step = Trainer._step
-def broken(self, batch):
-    if os.environ["RANK"] == "2" and self.progress.step == 2:
+launch = Trainer._launch
+def broken(self, step, batches):
+    if os.environ["RANK"] == "2" and step == 3:
         raise ValueError("a bit has flipped")
-    return step(self, batch)
-Trainer._step = broken
+    return launch(self, step, batches)
+Trainer._launch = broken
 main()
 """
 

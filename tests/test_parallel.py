@@ -1,5 +1,6 @@
 """Every layout trains the model that the oracle is: losses, gradients and weights, on up to eight ranks."""
 
+import shutil
 from functools import cache
 from itertools import product
 
@@ -90,6 +91,31 @@ def check(cases):
 
 def test_layouts_train_as_the_oracle():
     check(FAST)
+
+
+COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler, which torch.compile uses on a CPU")
+
+
+@COMPILER
+def test_compiled_blocks_train_as_the_oracle():
+    check([Case(Layout(), 1, EC, masked=True, accumulation=2, compiled=True)])
+
+
+@COMPILER
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(Layout(), 1, TC, recompute="block", compiled=True),
+        Case(Layout(), 1, recompute="moe", compiled=True),
+        Case(Layout(tensor=2), 2, compiled=True),
+        Case(Layout(expert=2), 2, chunks=2, compiled=True),
+        Case(Layout(pipeline=2), 2, accumulation=2, compiled=True),
+    ],
+    ids=str,
+)
+def test_compiled_blocks_train_as_the_oracle_in_any_layout(case):
+    check([case])
 
 
 @pytest.mark.slow

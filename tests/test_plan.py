@@ -22,9 +22,10 @@ from launcher.plan.stage import stage
 from launcher.plan.trace import trace
 from parallel import topology
 from parallel.topology import Layout
+from tests.command import ecdit
 from tests.layouts import Case, build, global_batch, slice_of
 from tests.ranks import run_on_ranks
-from tests.test_train import complaint, ecdit
+from tests.test_train import complaint
 
 ROOT = Path(__file__).parents[1]
 FEW = 4096  # bytes: losses, scalars of a router

@@ -109,6 +109,20 @@ TOGETHER = {
     ("model.routing=dense", "parallel.expert=2"): "parallel.expert: 2, but model.routing: dense has no experts",
     ("train.micro_batch=4", "model.heads=8", "model.kv_heads=8", "parallel.tensor=8"):
         "parallel.tensor: 8 does not divide train.micro_batch: 4; try one of 1, 2, 4",
+    ("train.graph=true", "parallel.pipeline=2"): "train.graph: true does not go with parallel.pipeline: 2",
+    ("train.graph=true", "model.routing=megatron_topk"): "train.graph: true does not go with model.routing: megatron",
+    ("train.compile=true", "train.linears=transformer_engine"):
+        "train.compile: true does not go with train.linears: transformer_engine; set it to false, or train.linears to",
+    ("train.compile=true", "train.precision=bf16", "precision.fp8=current"):
+        "train.compile: true does not go with precision.fp8: current",
+    ("precision.fp8=block",): "precision.fp8: block goes with train.precision: bf16, not fp32",
+    ("train.precision=bf16", "precision.fp8=delayed", "train.recompute=moe"):
+        "precision.fp8: delayed does not go with train.recompute: moe; try current or block",
+    ("train.precision=bf16", "precision.fp8=current", "model.width=40", "model.kv_heads=4"):
+        "precision.where: experts have a width of 40 on a rank; FP8 needs a multiple of 16",
+    ("train.precision=bf16", "precision.fp8=current", "train.micro_batch=1", "model.group_tokens=64",
+     "model.experts=16"):
+        "train.micro_batch: 1 images of 64 tokens",
 }  # fmt: skip
 
 

@@ -16,8 +16,9 @@ from ecdit.recipe_io import load_recipe
 from ecdit.train import train
 from parallel.checkpoint.folder import committed, newest
 from parallel.checkpoint.store import DELAY
+from tests.command import ecdit
 from tests.ranks import free_port, run_on_ranks, start_ranks
-from tests.test_train import ROOT, TINY, complaint, ecdit, losses
+from tests.test_train import ROOT, TINY, complaint, losses
 
 MODEL = [
     "model.layers=4", "model.heads=4", "model.kv_heads=4", "model.experts=8", "model.group_tokens=128",

@@ -1,4 +1,5 @@
-"""Grouped-query self- and cross-attention on torch's scaled_dot_product_attention.
+"""Grouped-query self- and cross-attention on torch's scaled_dot_product_attention, on a GPU through cuDNN where it can:
+that takes grouped queries and a mask as they are, the other kernels repeated heads.
 
 megatron-core refuses grouped-query cross-attention, so both are here. Projections keep a key-value head and all that
 belongs to it in consecutive rows, so that a contiguous split of the rows is a split by heads: each tensor rank has
@@ -11,6 +12,8 @@ of this rank, else `b = B`.
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from parallel.spread import Spread
 
@@ -22,10 +25,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     """
     b, s, kv, r, d = query.shape
     query = query.reshape(b, s, kv * r, d).transpose(1, 2)
-    # Key-value heads are repeated by hand: torch's fused CPU kernel has no grouped-query form.
-    key, value = (x.repeat_interleave(r, dim=2).transpose(1, 2) for x in (key, value))
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    heads = [x.transpose(1, 2) for x in (key, value)]
+    if takes_grouped_queries(query, *heads, mask):
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            out = F.scaled_dot_product_attention(query, *heads, attn_mask=mask, enable_gqa=True)
+    else:  # no other fused kernel has both, nor torch's on a CPU either
+        key, value = (x.repeat_interleave(r, dim=1) for x in heads)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return out.transpose(1, 2).reshape(b, s, kv * r * d)
+
+
+def takes_grouped_queries(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether a fused kernel is here that takes fewer key-value heads than queries, and a mask: cuDNN's."""
+    return query.is_cuda and can_use_cudnn_attention(SDPAParams(query, key, value, mask, 0.0, False, True))
 
 
 class SelfAttention(nn.Module):
@@ -40,7 +52,9 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, S, D) -> (b, S, D)."""
         qkv = self.qkv(x).unflatten(-1, (self.kv_heads, -1, self.head))
-        return self.out(attend(qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]))
+        # one split, whose gradient is one concatenation; slices would each fill a whole tensor with zeros
+        query, key, value = qkv.split([qkv.shape[-2] - 2, 1, 1], dim=-2)
+        return self.out(attend(query, key.squeeze(-2), value.squeeze(-2)))
 
 
 class CrossAttention(nn.Module):
@@ -56,5 +70,5 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         """x (b, S, D), text (B, L, D), mask (B, 1, 1, L), True where a text token is real -> (b, S, D)."""
         query = self.query(x).unflatten(-1, (self.kv_heads, -1, self.head))
-        kv = self.key_value(text).unflatten(-1, (self.kv_heads, 2, self.head))
-        return self.out(attend(query, kv[..., 0, :], kv[..., 1, :], mask))
+        key, value = self.key_value(text).unflatten(-1, (self.kv_heads, 2, self.head)).unbind(-2)
+        return self.out(attend(query, key, value, mask))

@@ -4,6 +4,9 @@ Shapes: `B` images, `S` tokens of an image, `L` text tokens, `D` hidden, `n` ten
 parallelism `b = B / n` images of this rank, else `b = B`.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +17,13 @@ from ecdit.model.experts import Ffn
 from ecdit.model.kernels.adaln import modulate
 from ecdit.model.router import RoutingPlan
 from parallel.spread import Spread
+
+
+def recomputed(module: Callable[..., Any], spread: Spread, *inputs: Any) -> Any:
+    """What the module makes of the inputs; what it needs for the backward pass is computed again then."""
+    # none where none is needed: torch.compile reads no method there
+    contexts = {} if spread.fp8.kind == "none" else {"context_fn": spread.fp8.recompute_contexts}
+    return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts)
 
 
 class Block(nn.Module):
@@ -52,7 +62,7 @@ class Block(nn.Module):
         if not self.sparse:
             return x + self.ffn(h), None
         if self.recompute_moe and torch.is_grad_enabled():
-            y, plan = checkpoint(self.moe, h, group_tokens, use_reentrant=False, preserve_rng_state=False)
+            y, plan = recomputed(self.moe, self.spread, h, group_tokens)
         else:
             y, plan = self.moe(h, group_tokens)
         return x + y, plan

@@ -6,15 +6,15 @@ activations this rank holds: B, but under sequence parallelism an equal share of
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ecdit.diffusion.masking import gather_tokens, scatter_tokens
 from ecdit.diffusion.patch import patchify
-from ecdit.model.block import Block
+from ecdit.model.block import Block, recomputed
 from ecdit.model.embed import TIME_FEATURES, Positions, time_features
 from ecdit.model.kernels.adaln import modulate
 from ecdit.model.layers import Mlp, gelu
@@ -43,11 +43,21 @@ class EcDit(nn.Module):
     function of (recipe, seed).
 
     On the meta device it has shapes and no weights. It must match `ecdit.reference.EcDit`. `recompute`: what backward
-    computes again instead of keeping, "none", "moe" or "block".
+    computes again instead of keeping, "none", "moe" or "block". `compiled`: whether torch.compile compiles the
+    backbone's blocks for training; one of each kind is enough for all.
     """
 
-    def __init__(self, recipe: ModelRecipe, seed: int = 0, spread: Spread | None = None, recompute: str = "none"):
+    def __init__(
+        self,
+        recipe: ModelRecipe,
+        seed: int = 0,
+        spread: Spread | None = None,
+        recompute: str = "none",
+        *,
+        compiled: bool = False,
+    ):
         super().__init__()
+        self._call = torch.compile(_call, dynamic=False) if compiled else _call
         self.recipe, self.recompute = recipe, recompute
         self.spread = spread = spread or Spread()
         width = recipe.width
@@ -90,7 +100,19 @@ class EcDit(nn.Module):
         keep (B, K): the tokens that enter the backbone; None: all. group_tokens: T; None: the recipe's. hidden: what
         the stage before made, None on the first stage.
         """
-        group_tokens = group_tokens or self.recipe.group_tokens
+        with self.spread.fp8.region():
+            return self._forward(x, t, text, text_mask, keep, group_tokens or self.recipe.group_tokens, hidden)
+
+    def _forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        keep: Tensor | None,
+        group_tokens: int,
+        hidden: Tensor | None,
+    ) -> Output:
         if hidden is None:
             h, words, time = self._embed(x, t, text, keep)
         else:
@@ -136,9 +158,15 @@ class EcDit(nn.Module):
         return h, self.text(own(text).to(dtype)), self.time(time_features(own(t)).to(dtype))
 
     def _run(self, block: Block, *inputs) -> tuple[Tensor, RoutingPlan | None]:
-        if self.recompute == "block" and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return block(*inputs)
+        if not torch.is_grad_enabled():
+            return block(*inputs)
+        if self.recompute == "block":
+            return recomputed(partial(self._call, block), self.spread, *inputs)
+        return self._call(block, *inputs)
+
+
+def _call(block: Block, *inputs) -> tuple[Tensor, RoutingPlan | None]:
+    return block(*inputs)
 
 
 class Final(nn.Module):

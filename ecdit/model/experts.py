@@ -34,20 +34,41 @@ class Experts(nn.Module):
     def __init__(self, width: int, experts: int, spread: Spread):
         super().__init__()
         std = xavier(width, 4 * width)
-        self.w1 = parameter(experts, width, 4 * width, std=std, expert=True, splits=spread.expert_splits(2))
-        self.w2 = parameter(experts, 4 * width, width, std=0.0, expert=True, splits=spread.expert_splits(1))
+        # each expert's as a linear's weight, (outputs, inputs): both operands of a product are then read along rows,
+        # the one way that FP8 has
+        self.up = parameter(experts, 4 * width, width, std=std, expert=True, splits=spread.expert_splits(1))
+        self.down = parameter(experts, width, 4 * width, std=0.0, expert=True, splits=spread.expert_splits(2))
         self.exchange = spread.exchange(experts)
+        self.ffns = spread.expert_ffns(experts, width, gelu)
 
     def forward(self, rows: Tensor, *, spanning: bool = False) -> Tensor:
         """A row for every slot of all experts, in the order of `exchange`: (M, D) -> (M, D)."""
-        w1, w2 = (w.chunk(self.exchange.chunks) if self.exchange.chunks > 1 else [w] for w in (self.w1, self.w2))
+        up, down = (w.chunk(self.exchange.chunks) if self.exchange.chunks > 1 else [w] for w in (self.up, self.down))
         kernel = ChunkedFfn.apply if rows.device.type == "cpu" else batched_ffn
-        return self.exchange(rows, lambda x, chunk: kernel(x, w1[chunk], w2[chunk]), spanning=spanning)
+
+        def experts(x: Tensor, chunk: int) -> Tensor:
+            return (self.ffns[chunk] if self.ffns is not None else kernel)(x, up[chunk], down[chunk])
+
+        return self.exchange(rows, experts, spanning=spanning)
 
 
-def batched_ffn(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """All experts at once: two batched products. x (E, R, D), w1 (E, D, F), w2 (E, F, D) -> (E, R, D)."""
-    return torch.bmm(gelu(torch.bmm(x, w1)), w2)
+def batched_ffn(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """All experts at once: two batched products. x (E, R, D), up (E, F, D), down (E, D, F) -> (E, R, D)."""
+    return _Products.apply(gelu(_Products.apply(x, up)), down)
+
+
+class _Products(torch.autograd.Function):
+    """x_e W_e^T for all experts. Plain autograd would make a weight's gradient the other way round, and copy it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.bmm(x, weight.mT)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        return torch.bmm(grad, weight), torch.bmm(grad.mT, x)
 
 
 class ChunkedFfn(torch.autograd.Function):
@@ -58,27 +79,27 @@ class ChunkedFfn(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-        hidden = x.new_empty(*x.shape[:2], w1.shape[-1])
+    def forward(ctx, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        hidden = x.new_empty(*x.shape[:2], up.shape[1])
         out = torch.empty_like(x)
         for s in _chunks(x):
-            torch.bmm(x[s], w1[s], out=hidden[s])
-            torch.bmm(gelu(hidden[s]), w2[s], out=out[s])
-        ctx.save_for_backward(x, hidden, w1, w2)
+            torch.bmm(x[s], up[s].mT, out=hidden[s])
+            torch.bmm(gelu(hidden[s]), down[s].mT, out=out[s])
+        ctx.save_for_backward(x, hidden, up, down)
         return out
 
     @staticmethod
     def backward(ctx, grad_out: Tensor):
-        x, hidden, w1, w2 = ctx.saved_tensors
+        x, hidden, up, down = ctx.saved_tensors
         grad_out = grad_out.contiguous()
-        grad_x, grad_w1, grad_w2 = torch.empty_like(x), torch.empty_like(w1), torch.empty_like(w2)
+        grad_x, grad_up, grad_down = torch.empty_like(x), torch.empty_like(up), torch.empty_like(down)
         for s in _chunks(x):
-            grad_gelu = torch.bmm(grad_out[s], w2[s].mT)
+            grad_gelu = torch.bmm(grad_out[s], down[s])
             grad_hidden = torch.ops.aten.gelu_backward(grad_gelu, hidden[s], approximate="tanh")
-            torch.bmm(gelu(hidden[s]).mT, grad_out[s], out=grad_w2[s])
-            torch.bmm(x[s].mT, grad_hidden, out=grad_w1[s])
-            torch.bmm(grad_hidden, w1[s].mT, out=grad_x[s])
-        return grad_x, grad_w1, grad_w2
+            torch.bmm(grad_out[s].mT, gelu(hidden[s]), out=grad_down[s])
+            torch.bmm(grad_hidden.mT, x[s], out=grad_up[s])
+            torch.bmm(grad_hidden, up[s], out=grad_x[s])
+        return grad_x, grad_up, grad_down
 
 
 def _chunks(x: Tensor) -> list[slice]:

@@ -26,11 +26,12 @@ class Moe(nn.Module):
         tokens = self.spread.own_tokens(x.reshape(-1, x.shape[-1]))
         plan = self.router(tokens, group_tokens)
         plan.arrange(self.experts.exchange.arrange)
-        slots = dispatch(tokens, plan.slot_map)
+        slots_of = plan.slot_map()
+        slots = dispatch(tokens, slots_of)
         if plan.spanning:
             slots = slots * plan.filled[:, None]  # zeros for the tokens of other tensor ranks, which send theirs
         slots = self.experts(slots, spanning=plan.spanning)
-        out = combine(slots, plan.gate, plan.slot_map)
+        out = combine(slots, plan.gate, slots_of)
         return self.spread.collect_tokens(out).view_as(x), plan
 
 

@@ -13,7 +13,6 @@ and keeps its part of it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -63,15 +62,15 @@ class RoutingPlan:
         if self.filled is not None:
             self.filled = order(self.filled)
 
-    @cached_property
     def slot_map(self) -> SlotMap:
         """The inverse map, from each token to its slots, of the slots as they are arranged."""
         return slot_map(self.token, self.filled, self.tokens, self.experts)
 
     def experts_per_token(self) -> Tensor:
         """(N,): how many experts took each token."""
-        weights = None if self.filled is None else self.filled.float()
-        return torch.bincount(self.token, weights, minlength=self.tokens).long()
+        ones = torch.ones_like(self.token) if self.filled is None else self.filled.long()
+        # not bincount, whose result's size a GPU's host would have to wait for
+        return ones.new_zeros(self.tokens).index_add_(0, self.token, ones)
 
 
 class Router(nn.Module):

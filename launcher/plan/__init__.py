@@ -81,7 +81,7 @@ def plan(recipe: Recipe, nodes: int, gpus_per_node: int, gpu: Gpu) -> Plan:
     places = [Place(layout, ranks, number) for number in range(layout.pipeline)]
     memory = [_memory(recipe, place, gpu, micro_batches) for place in places]
     costs = [stage(recipe, place, gpu, most=False) for place in places]
-    slowest = max(range(len(places)), key=lambda i: _kernels_time(costs[i], gpu))
+    slowest = max(range(len(places)), key=lambda i: _kernels_time(recipe, costs[i], gpu))
     seconds, traffic = _time(recipe, places[slowest], gpu, costs[slowest], micro_batches)
     total = sum(seconds.values())
     return Plan(
@@ -122,16 +122,17 @@ def _memory(recipe: Recipe, place: Place, gpu: Gpu, micro_batches: int) -> Memor
     return rank_memory(recipe, place, gpu, kept=cost.kept, dispatch=cost.dispatch, peak=cost.peak, in_flight=in_flight)
 
 
-def _kernels_time(cost: Stage, gpu: Gpu) -> float:
-    """Of a micro-batch: kernels one after the other, or the host that launches them, whichever is slower."""
-    return max(sum(cost.seconds.values()), cost.kernels * gpu.host_seconds)
+def _kernels_time(recipe: Recipe, cost: Stage, gpu: Gpu) -> float:
+    """Of a micro-batch: kernels one after the other, or the host that launches them, whichever is slower. A graph needs
+    no host."""
+    return max(sum(cost.seconds.values()), 0.0 if recipe.train.graph else cost.kernels * gpu.host_seconds)
 
 
 def _time(
     recipe: Recipe, place: Place, gpu: Gpu, cost: Stage, micro_batches: int
 ) -> tuple[dict[str, float], list[Collective]]:
     """Seconds of a step by part, and its collectives."""
-    micro = _kernels_time(cost, gpu)
+    micro = _kernels_time(recipe, cost, gpu)
     traffic = collectives(recipe, place, gpu, cost, micro_batches)
     traffic = hide_behind(traffic, BACKWARD_SHARE * micro)
     seconds = {part: value * micro_batches for part, value in cost.seconds.items()}

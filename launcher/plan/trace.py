@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ecdit.diffusion.draws import Draws
 from ecdit.diffusion.objective import MicroBatch, objective, to_differentiate
-from ecdit.model import experts
+from ecdit.model import attention, experts
 from ecdit.model.dit import EcDit
 from ecdit.recipe import Recipe
 from launcher.plan.spread import Place, PlannedSpread, Sent
@@ -141,10 +141,15 @@ class _Watch(TorchDispatchMode):
 def _fused_attention(device: str) -> Callable[..., Tensor]:
     """On the meta device torch would take the form of attention that keeps all scores; a device has a fused one."""
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, enable_gqa: bool = False
+    ) -> Tensor:
         if device == "cpu":
             bias = None if attn_mask is None else torch.zeros_like(attn_mask, dtype=query.dtype)
             return ATEN._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=bias)[0]
+        if enable_gqa:
+            bias = None if attn_mask is None else query.new_empty(attn_mask.shape)
+            return ATEN._scaled_dot_product_cudnn_attention(query, key, value, bias, compute_log_sumexp=True)[0]
         if attn_mask is None:
             return ATEN._scaled_dot_product_flash_attention(query, key, value)[0]
         length = attn_mask.shape[-1]
@@ -155,6 +160,10 @@ def _fused_attention(device: str) -> Callable[..., Tensor]:
     return attend
 
 
+def _by_cudnn(query: Tensor, device: str) -> bool:
+    return device == "cuda" and query.dtype == torch.bfloat16
+
+
 def trace(recipe: Recipe, place: Place, layers: int, tokens: int, device: str) -> Trace:
     """A micro-batch of a stage with `layers` blocks, each image with `tokens` tokens in the backbone.
 
@@ -163,9 +172,10 @@ def trace(recipe: Recipe, place: Place, layers: int, tokens: int, device: str) -
     found = Trace()
     spread = PlannedSpread(place, found.sent.append, layers=layers, dispatch_chunks=recipe.parallel.dispatch_chunks)
     kernel = experts.ChunkedFfn.apply if device == "cpu" else experts.batched_ffn
-    attention = patch.object(F, "scaled_dot_product_attention", _fused_attention(device))
+    fused = patch.object(F, "scaled_dot_product_attention", _fused_attention(device))
     triton = patch.object(kernels, "use_triton", lambda tensor: device == "cuda")
-    with torch.device("meta"), patch.object(experts, "batched_ffn", kernel), attention, triton:
+    grouped = patch.object(attention, "takes_grouped_queries", lambda query, *_: _by_cudnn(query, device))
+    with torch.device("meta"), patch.object(experts, "batched_ffn", kernel), fused, triton, grouped:
         model = EcDit(recipe.model, 0, spread, recipe.train.recompute).to(TYPES[recipe.train.precision])
         batch, hidden = _inputs(recipe, model, spread, tokens)
         watch = _Watch(found)

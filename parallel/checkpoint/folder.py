@@ -8,6 +8,7 @@ newest.
 import json
 import os
 import shutil
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,12 @@ Description = dict[str, dict[str, Any]]  # file name -> size and checksum
 
 @dataclass(frozen=True)
 class Keep:
-    """The newest `last` checkpoints stay, and, unless it is 0, those whose step is a multiple of `every`."""
+    """The newest `last` checkpoints stay, and, unless it is 0, those whose step is a multiple of `every`; and those of
+    the steps that `held` returns."""
 
     last: int
     every: int = 0
+    held: Callable[[], Container[int]] = tuple
 
 
 @dataclass(frozen=True)
@@ -52,16 +55,25 @@ class Checkpoint:
         except dcp.CheckpointException as error:
             raise CheckpointError(f"{self.folder}: {reason_of(error)}") from None
 
-    def kind(self, kind: str) -> dict[str, Tensor]:
-        """Whole tensors of one kind, such as ema, by parameter."""
-        prefix = f"{kind}/"
+    @property
+    def names(self) -> set[str]:
+        """Of its tensors."""
+        return set(read_index(self.folder))
+
+    def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
+        """Of the whole tensors of one kind, such as ema, by parameter."""
+        index = read_index(self.folder).items()
+        return {name.removeprefix(f"{kind}/"): tuple(t["shape"]) for name, t in index if name.startswith(f"{kind}/")}
+
+    def kind(self, kind: str, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Whole tensors of one kind, by parameter: all, or those named."""
+        index, wanted = read_index(self.folder), self.shapes(kind) if names is None else names
         state = {
-            name: torch.empty(tensor["shape"], dtype=getattr(torch, tensor["dtype"]))
-            for name, tensor in read_index(self.folder).items()
-            if name.startswith(prefix)
+            name: torch.empty(index[name]["shape"], dtype=getattr(torch, index[name]["dtype"]))
+            for name in (f"{kind}/{parameter}" for parameter in wanted)
         }
         self.load(state)
-        return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+        return {name.removeprefix(f"{kind}/"): tensor for name, tensor in state.items()}
 
 
 def reason_of(error: BaseException) -> str:
@@ -168,8 +180,9 @@ def commit(root: Path, step: int, files: Description, meta: dict[str, Any], keep
     partial.rename(final)
     _sync(root)
     _point_latest(root, final)
+    held = keep.held()
     for old in committed(root)[: -keep.last]:
-        if not keep.every or step_of(old) % keep.every:
+        if (not keep.every or step_of(old) % keep.every) and step_of(old) not in held:
             shutil.rmtree(old, ignore_errors=True)
     return final
 

@@ -22,10 +22,11 @@ class UpdateSettings:
 
 @dataclass(frozen=True)
 class Update:
-    """What one update did. `applied` is False where a gradient was not finite and nothing was changed."""
+    """What one update did, as scalars on the device. `applied` is False where a gradient or the loss was not finite and
+    nothing was changed."""
 
-    grad_norm: float
-    applied: bool
+    grad_norm: Tensor
+    applied: Tensor
 
 
 # (model, micro-batch, what the pipeline stage before sent, or None) -> what is to be differentiated, a scalar on the
@@ -45,8 +46,9 @@ class Engine(Protocol):
         `hidden_shape`: of what a pipeline stage sends the next, (images, tokens, width).
         """
 
-    def update(self, lr: float) -> Update:
-        """Clips, and updates weights and their average."""
+    def update(self, lr: float | Tensor, finite: Tensor | None = None) -> Update:
+        """Clips, and updates weights and their average. lr: a scalar, also one on the device. finite: whether the loss
+        was; False: nothing changes."""
 
     def averaged(self) -> AbstractContextManager[nn.Module]:
         """The model with its averaged weights, within the context."""

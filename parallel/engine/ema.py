@@ -11,14 +11,15 @@ class Ema:
     def __init__(self, masters: list[Tensor], decay: float):
         self.slices = [master.clone() for master in masters]
         self.decay = decay
-        self.updates = 0
+        self.updates = torch.zeros((), dtype=torch.float64, device=masters[0].device)
 
-    def next_share(self) -> float:
-        """How much of the weights goes into the average at the next update, which it counts."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        self.updates += 1
+    def next_share(self, applied: Tensor | float = 1.0) -> Tensor:
+        """How much of the weights goes into the average at the next update, which it counts where it is applied.
+        fp64."""
+        decay = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
+        self.updates += applied
         return 1 - decay
 
     def update(self, masters: list[Tensor]) -> None:
-        """Takes in the weights of one more update."""
-        torch._foreach_lerp_(self.slices, masters, self.next_share())
+        """Takes in the weights of one more update. The host waits for a GPU."""
+        torch._foreach_lerp_(self.slices, masters, self.next_share().item())

@@ -27,6 +27,7 @@ from parallel.engine.pipeline import Pipeline
 from parallel.engine.sharding import Buckets, Catalogue
 from parallel.kernels.rmsprop import squared_norms
 from parallel.parameters import named_parameters
+from parallel.precision import fp8_states
 from parallel.topology import Topology
 
 
@@ -116,16 +117,16 @@ class MegatronEngine:
         step()
         return total
 
-    def update(self, lr: float) -> Update:
-        """One update, unless a gradient is not finite: then nothing changes."""
+    def update(self, lr: float | Tensor, finite: Tensor | None = None) -> Update:
+        """One update, unless a gradient or the loss is not finite: then nothing changes. The host does not wait for
+        what is found on the device."""
         squares = squared_norms([p.gradients for p in self._pieces if not p.copy], self.topology.device)
         norm = self.topology.sum(squares.sum()).sqrt()
-        applied = bool(norm.isfinite())
-        if applied:
-            clip_by_global_norm(self._gradients, norm, self.settings.clip)
-            self._optimizer.step(self._gradients, lr, self._ema)
-            self._publish(self._masters)
-        return Update(norm.item(), applied)
+        applied = norm.isfinite() if finite is None else norm.isfinite() & finite
+        clip_by_global_norm(self._gradients, norm, self.settings.clip)
+        self._optimizer.step(self._gradients, lr, self._ema, applied)
+        self._publish(self._masters)
+        return Update(norm, applied)
 
     @torch.no_grad()
     def _publish(self, values: list[Tensor]) -> None:
@@ -148,11 +149,12 @@ class MegatronEngine:
 
     def state(self) -> dict[str, Boxes]:
         """What this rank keeps of everything that an update depends on, as views: saving reads them, loading writes."""
-        return {
+        of_slices = {
             f"{kind}/{name}": boxes
             for kind, values in self._kinds().items()
             for name, boxes in self._catalogue.boxes(self._pieces, values).items()
         }
+        return of_slices | fp8_states(self.model)
 
     def gradients(self) -> dict[str, Boxes]:
         """What this rank keeps of the gradients that `accumulate` left."""
@@ -161,6 +163,6 @@ class MegatronEngine:
     def loaded(self, updates: int) -> None:
         """To be called when `state` has been written into: the model gets the weights as they were after that many
         updates."""
-        self._optimizer.step_count = updates
-        self._ema.updates = updates
+        self._optimizer.updates.fill_(updates)
+        self._ema.updates.fill_(updates)
         self._publish(self._masters)

@@ -56,24 +56,29 @@ class RmspropMomentum:
         self.states = {kind: [torch.zeros_like(master) for master in masters] for kind in ("square", "momentum")}
         decays = [piece.decay for piece in slices]
         self._passes = Passes(*self.states.values(), masters, decays, beta_square, beta_momentum)
-        self.step_count = 0
+        self.updates = torch.zeros((), dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def step(self, gradients: list[Tensor], lr: float, average: Ema | None = None) -> None:
+    def step(
+        self,
+        gradients: list[Tensor],
+        lr: float | Tensor,
+        average: Ema | None = None,
+        applied: Tensor | None = None,
+    ) -> None:
         """One update from fp32 gradients shaped like the slices, which it may overwrite; `average` takes in the new
-        weights."""
-        self.step_count += 1
-        correction = 1 - self.beta_square**self.step_count
-        factor = self._factors(self._passes.first(gradients, correction))
-        self._passes.second(
-            gradients,
-            factor,
-            correction,
-            lr=lr,
-            weight_decay=self.weight_decay,
-            averages=None if average is None else average.slices,
-            average_share=0.0 if average is None else average.next_share(),
-        )
+        weights. lr, applied: scalars on the device; where `applied` is 0 nothing changes, whatever the gradients are.
+        The host does not wait.
+        """
+        like = self.updates
+        applied = torch.ones_like(like) if applied is None else applied.to(like)
+        lr = lr.to(like) if isinstance(lr, Tensor) else torch.full_like(like, lr)
+        self.updates += applied
+        correction = 1 - self.beta_square**self.updates
+        share = torch.zeros_like(like) if average is None else average.next_share(applied)
+        numbers = torch.stack([correction, lr, lr * self.weight_decay, share, applied])
+        factor = self._factors(self._passes.first(gradients, numbers))
+        self._passes.second(gradients, factor, numbers, None if average is None else average.slices)
 
     def _factors(self, squares: Tensor) -> Tensor:
         """1 / max(1, rms / clip_update) of each slice's unit, from the sum of squares of each slice's updates (n,)."""
@@ -107,16 +112,24 @@ class TorchRmsprop:
             kind: [self._optimizer.state[master][key] for master in self._masters]
             for kind, key in (("square", "square_avg"), ("momentum", "momentum_buffer"))
         }
-        self.step_count = 0  # nothing of this form depends on it
+        self.updates = torch.zeros(())  # nothing of this form depends on it
 
     @torch.no_grad()
-    def step(self, gradients: list[Tensor], lr: float, average: Ema | None = None) -> None:
-        """One update from fp32 gradients shaped like the slices; `average` takes in the new weights."""
-        self.step_count += 1
+    def step(
+        self,
+        gradients: list[Tensor],
+        lr: float | Tensor,
+        average: Ema | None = None,
+        applied: Tensor | None = None,
+    ) -> None:
+        """One update from fp32 gradients shaped like the slices; `average` takes in the new weights. Where `applied`
+        is 0 nothing changes. The host waits for a GPU."""
+        if applied is not None and not applied:
+            return
         for master, gradient in zip(self._masters, gradients, strict=True):
             master.grad = gradient
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = float(lr)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         if average is not None:

@@ -4,6 +4,10 @@ Between them the caller turns the sums of squares of the updates, which the firs
 slice's updates. A kernel's pass reads and writes every number once; updates are made anew in the second instead of
 being kept. In torch, updates take the place of the gradients.
 
+What an update is made with are five numbers on the device, fp64: the correction of the squares, the learning rate, that
+times the weight decay, the share of the weights that goes into the average, and 1, or 0 where nothing shall change. So
+a kernel needs no word of the host.
+
 Shapes: `n` slices, each flat and fp32, `P` programs of a kernel.
 """
 
@@ -14,6 +18,7 @@ import torch
 from torch import Tensor
 
 from parallel import kernels
+from parallel.device import to_device
 
 TINY = 1e-30  # added to squares, so that a gradient of zero divides to zero
 BLOCK = 2048  # elements of a kernel's program
@@ -35,13 +40,16 @@ class Passes:
     ):
         self._squares, self._momenta, self._masters, self._decays = squares, momenta, masters, decays
         self._beta_square, self._beta_momentum = beta_square, beta_momentum
-        self._addresses: list[int] = []
-        self._pointers: Tensor | None = None
+        self._addresses: dict[bool, list[int]] = {}  # by whether averages are among them
+        self._pointers: dict[bool, Tensor] = {}
 
-    def first(self, gradients: list[Tensor], correction: float) -> Tensor:
-        """v = EMA(g^2), u = g / sqrt(v / correction); returns the sum of u^2 of each slice (n,)."""
+    def first(self, gradients: list[Tensor], numbers: Tensor) -> Tensor:
+        """v = EMA(g^2), u = g / sqrt(v / correction); returns the sum of u^2 of each slice (n,). numbers (5,)."""
         if kernels.use_triton(self._masters[0]):
-            return self._first_kernel(gradients, correction)
+            return self._first_kernel(gradients, numbers)
+        correction, *_, applied = numbers.tolist()
+        if not applied:
+            return torch.zeros(len(gradients), device=self._masters[0].device)
         torch._foreach_mul_(self._squares, self._beta_square)
         torch._foreach_addcmul_(self._squares, gradients, gradients, 1 - self._beta_square)
         for some, squares in _batches(gradients, self._squares):
@@ -55,37 +63,36 @@ class Passes:
         self,
         gradients: list[Tensor],
         factor: Tensor,
-        correction: float,
-        *,
-        lr: float,
-        weight_decay: float,
+        numbers: Tensor,
         averages: list[Tensor] | None,
-        average_share: float,
     ) -> None:
         """m = EMA(factor u); p -= lr (m + weight_decay p); averages move to p by their share. `gradients`: what the
-        first pass has left there; factor (n,)."""
+        first pass has left there; factor (n,), numbers (5,)."""
         if kernels.use_triton(self._masters[0]):
-            self._second_kernel(gradients, factor, correction, lr, weight_decay, averages, average_share)
+            self._second_kernel(gradients, factor, numbers, averages)
+            return
+        _, lr, shrink, average_share, applied = numbers.tolist()
+        if not applied:
             return
         torch._foreach_mul_(gradients, list(factor.unbind()))
         torch._foreach_lerp_(self._momenta, gradients, 1 - self._beta_momentum)
         decayed = [master for master, decays in zip(self._masters, self._decays, strict=True) if decays]
-        if weight_decay and decayed:
-            torch._foreach_mul_(decayed, 1 - lr * weight_decay)
+        if shrink and decayed:
+            torch._foreach_mul_(decayed, 1 - shrink)
         torch._foreach_add_(self._masters, self._momenta, alpha=-lr)
         if averages is not None:
             torch._foreach_lerp_(averages, self._masters, average_share)
 
     # -------------------------------------------------------------------------------------------------- with kernels
 
-    def _first_kernel(self, gradients: list[Tensor], correction: float) -> Tensor:
+    def _first_kernel(self, gradients: list[Tensor], numbers: Tensor) -> Tensor:
         from parallel.kernels import rmsprop_triton
 
         segment, first, sizes, decay = self._tables
         partial, sums = torch.empty(len(segment), device=sizes.device), torch.empty_like(decay)
         rmsprop_triton.squares[(len(segment),)](
-            self._table_of_addresses(gradients, None), segment, first, sizes, partial, self._beta_square,
-            1 - self._beta_square, correction, TINY, BLOCK=BLOCK, num_warps=8,
+            self._table_of_addresses(gradients, None), segment, first, sizes, numbers, partial, self._beta_square,
+            1 - self._beta_square, TINY, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
         rmsprop_triton.sums[(len(sizes),)](partial, first, sums, BLOCK=1024)
         return sums
@@ -94,19 +101,15 @@ class Passes:
         self,
         gradients: list[Tensor],
         factor: Tensor,
-        correction: float,
-        lr: float,
-        weight_decay: float,
+        numbers: Tensor,
         averages: list[Tensor] | None,
-        average_share: float,
     ) -> None:
         from parallel.kernels import rmsprop_triton
 
         segment, first, sizes, decay = self._tables
         rmsprop_triton.update[(len(segment),)](
-            self._table_of_addresses(gradients, averages), segment, first, sizes, factor, decay,
-            1 - self._beta_momentum, correction, TINY, lr, lr * weight_decay, average_share, BLOCK=BLOCK,
-            AVERAGED=averages is not None, num_warps=8,
+            self._table_of_addresses(gradients, averages), segment, first, sizes, numbers, factor, decay,
+            1 - self._beta_momentum, TINY, BLOCK=BLOCK, AVERAGED=averages is not None, num_warps=8,
         )  # fmt: skip
 
     @cached_property
@@ -118,16 +121,18 @@ class Passes:
         segment = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(programs)
         first = torch.cat([programs.new_zeros(1), programs.cumsum(0)])
         decay = torch.tensor(self._decays, dtype=torch.float32)
-        return tuple(_to(table, device) for table in (segment, first, sizes, decay))
+        return tuple(to_device(table, device) for table in (segment, first, sizes, decay))
 
     def _table_of_addresses(self, gradients: list[Tensor], averages: list[Tensor] | None) -> Tensor:
-        """(n, 5), sent to the device only where something lies elsewhere than the last time."""
-        lists = (gradients, self._squares, self._momenta, self._masters, averages or self._masters)
+        """(n, 5), sent to the device only where something lies elsewhere than last time: a graph of the kernels goes
+        on reading the table that it was made with."""
+        averaged = averages is not None
+        lists = (gradients, self._squares, self._momenta, self._masters, averages if averaged else self._masters)
         addresses = [tensor.data_ptr() for row in zip(*lists, strict=True) for tensor in row]
-        if addresses != self._addresses:
-            self._addresses = addresses
-            self._pointers = _to(torch.tensor(addresses).view(-1, len(lists)), self._masters[0].device)
-        return self._pointers
+        if addresses != self._addresses.get(averaged):
+            self._addresses[averaged] = addresses
+            self._pointers[averaged] = to_device(torch.tensor(addresses).view(-1, len(lists)), self._masters[0].device)
+        return self._pointers[averaged]
 
 
 def squared_norms(tensors: list[Tensor], device: torch.device) -> Tensor:
@@ -148,8 +153,3 @@ def _batches(*lists: list[Tensor]) -> Iterator[list[list[Tensor]]]:
             size += len(parts[0])
     if size:
         yield batch
-
-
-def _to(table: Tensor, device: torch.device) -> Tensor:
-    """Without the host waiting for a GPU."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)

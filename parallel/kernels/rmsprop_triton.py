@@ -1,7 +1,8 @@
 """The update's Triton kernels: all slices of all tensors at once, a program for BLOCK elements of one slice.
 
 Slices lie anywhere in memory. Their addresses are a table of integers, a row for each slice: gradients, squares,
-momenta, masters, averages.
+momenta, masters, averages. What changes from update to update lies in memory too, so that a graph of the kernels
+serves them all: correction, lr, shrink, average share, and 1 or 0 for whether anything is to change.
 
 Shapes: `n` slices, `P` programs; slice i has the programs first[i] ... first[i + 1] - 1.
 """
@@ -14,21 +15,22 @@ POINTERS = tl.constexpr(5)
 
 @triton.jit
 def squares(
-    pointers, segment, first, sizes, partial,  # (n, 5), (P,), (n + 1,), (n,), (P,)
-    keep, take, correction, tiny, BLOCK: tl.constexpr,
+    pointers, segment, first, sizes, numbers, partial,  # (n, 5), (P,), (n + 1,), (n,), (5,), (P,)
+    keep, take, tiny, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The new mean square of each gradient, and the sum of the squares of the updates that follow from it.
     keep, take: the shares of the old mean and of the new square."""
     program = tl.program_id(0)
     slice = tl.load(segment + program)
     at = (program - tl.load(first + slice)) * BLOCK + tl.arange(0, BLOCK)
-    here = at < tl.load(sizes + slice)
+    here = at < tl.load(sizes + slice) * tl.load(numbers + 4).to(tl.int64)  # nowhere, if nothing is to change
+    correction = tl.load(numbers).to(tl.float32)
     row = pointers + slice * POINTERS
     gradient = tl.load(_at(row, 0) + at, mask=here, other=0.0)
     square = tl.load(_at(row, 1) + at, mask=here, other=0.0) * keep + gradient * gradient * take
     tl.store(_at(row, 1) + at, square, mask=here)
     update = gradient / tl.sqrt(square / correction + tiny)
-    tl.store(partial + program, tl.sum(update * update, 0))
+    tl.store(partial + program, tl.sum(tl.where(here, update * update, 0.0), 0))
 
 
 @triton.jit
@@ -45,15 +47,17 @@ def sums(partial, first, out, BLOCK: tl.constexpr):
 
 @triton.jit
 def update(
-    pointers, segment, first, sizes, factor, decay,  # (n, 5), (P,), (n + 1,), (n,), (n,), (n,)
-    share, correction, tiny, lr, shrink, average_share, BLOCK: tl.constexpr, AVERAGED: tl.constexpr,
+    pointers, segment, first, sizes, numbers, factor, decay,  # (n, 5), (P,), (n + 1,), (n,), (5,), (n,), (n,)
+    share, tiny, BLOCK: tl.constexpr, AVERAGED: tl.constexpr,
 ):  # fmt: skip
     """Momentum, weights and their average, from gradients and new squares. factor: of each slice's updates; shares:
     how much of the new goes into momentum and average; shrink: how much of a weight decays where decay is 1."""
     program = tl.program_id(0)
     slice = tl.load(segment + program)
     at = (program - tl.load(first + slice)) * BLOCK + tl.arange(0, BLOCK)
-    here = at < tl.load(sizes + slice)
+    here = at < tl.load(sizes + slice) * tl.load(numbers + 4).to(tl.int64)  # nowhere, if nothing is to change
+    correction, lr = tl.load(numbers).to(tl.float32), tl.load(numbers + 1).to(tl.float32)
+    shrink, average_share = tl.load(numbers + 2).to(tl.float32), tl.load(numbers + 3).to(tl.float32)
     row = pointers + slice * POINTERS
     gradient = tl.load(_at(row, 0) + at, mask=here, other=0.0)
     square = tl.load(_at(row, 1) + at, mask=here, other=0.0)

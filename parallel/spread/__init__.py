@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from parallel.layers import Linear, Linears, PlainLinears
 from parallel.parameters import Split, is_whole
+from parallel.precision import Fp8
 
 ExpertFunction = Callable[[Tensor, int], Tensor]  # rows (e, rows, D) of the e experts of a chunk, its number -> same
 
@@ -45,6 +46,7 @@ class Spread:
     sequence = False
     first_stage = last_stage = True
     linears: Linears = PlainLinears()
+    fp8 = Fp8()
 
     # ------------------------------------------------------------------------------------------------- what is here
 
@@ -59,6 +61,11 @@ class Spread:
     def exchange(self, experts: int) -> LocalExchange:
         """What takes rows to their experts and back."""
         return LocalExchange(experts)
+
+    def expert_ffns(self, experts: int, width: int, activation: Callable[[Tensor], Tensor]) -> nn.ModuleList | None:
+        """What computes this rank's experts, one module a chunk, where that is a library's: called as
+        (rows (e, R, D), up (e, F, D), down (e, D, F)) -> (e, R, D). None: the model's own code does."""
+        return None
 
     def megatron_moe(self, width: int, experts: int, aux_loss: float) -> nn.Module:
         """megatron-core's MoE layer on `own_tokens`, (N, D) -> (N, D). It is made of process groups, so this spread,

@@ -3,6 +3,8 @@
 Shapes: as in `Spread`.
 """
 
+from collections.abc import Callable
+
 import torch.distributed as dist
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from parallel.dispatch import Exchange
 from parallel.layers import PlainLinears
 from parallel.layers.megatron import MegatronLinears
 from parallel.parameters import Split
+from parallel.precision import Fp8
 from parallel.spread import LocalExchange, Spread
 from parallel.topology import Topology
 
@@ -19,19 +22,20 @@ class RankSpread(Spread):
     """One rank's part of a model.
 
     `linears`: "torch" (megatron-core's where they are split) or "transformer_engine". `dispatch_chunks`: parts in
-    which tokens travel to their experts.
+    which tokens travel to their experts. `fp8`: what computes in it, which makes those parts Transformer Engine's.
     """
 
-    def __init__(self, topology: Topology, *, linears: str = "torch", dispatch_chunks: int = 1):
+    def __init__(self, topology: Topology, *, linears: str = "torch", dispatch_chunks: int = 1, fp8: Fp8 | None = None):
+        self.fp8 = fp8 or Fp8()
         self._topology, self._chunks = topology, dispatch_chunks
         self._groups, self._tensor = topology.groups, topology.groups.tp
         self.tensor_ranks, self.tensor_rank = self._tensor.size(), self._tensor.rank()
         self.sequence = topology.layout.sequence and self.tensor_ranks > 1
         self.first_stage, self.last_stage = topology.first_stage, topology.last_stage
-        if linears == "transformer_engine":
+        if linears == "transformer_engine" or "linears" in self.fp8.where:
             from parallel.layers.transformer_engine import TransformerEngineLinears  # needs the extra, and a GPU
 
-            self.linears = TransformerEngineLinears(self._tensor, self.sequence)
+            self.linears = TransformerEngineLinears(self._tensor, self.sequence, self.fp8)
         elif self.tensor_ranks > 1:
             self.linears = MegatronLinears(self._tensor, self.sequence)
         else:
@@ -49,6 +53,18 @@ class RankSpread(Spread):
         if self._groups.ep.size() == self._groups.expt_tp.size() == 1:
             return LocalExchange(experts)
         return Exchange(self._groups, experts, self._chunks)
+
+    def expert_ffns(self, experts: int, width: int, activation: Callable[[Tensor], Tensor]) -> nn.ModuleList | None:
+        if "experts" not in self.fp8.where:
+            return None
+        from parallel.layers.transformer_engine import GroupedFfn  # needs the extra, and a GPU
+
+        ep, parts = self._groups.ep, self._groups.expt_tp.size()
+        count = experts // ep.size() // self._chunks
+        firsts = [ep.rank() * experts // ep.size() + chunk * count for chunk in range(self._chunks)]
+        return nn.ModuleList(
+            GroupedFfn(width, 4 * width // parts, activation, first, count, experts) for first in firsts
+        )
 
     def megatron_moe(self, width: int, experts: int, aux_loss: float) -> nn.Module:
         from parallel.megatron_moe import MegatronMoe  # needs the extra `te`, and a GPU

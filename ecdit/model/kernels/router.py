@@ -30,11 +30,7 @@ def choose(affinity: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
 
     Returns the tokens, counted within the group (E, G, C), and their affinities, differentiable (E, G, C).
     """
-    if kernels.use_triton(affinity):
-        return _Choose.apply(affinity, capacity)
-    by_expert = affinity.permute(2, 0, 1)  # (E, G, T)
-    chosen = top_tokens(by_expert.detach(), capacity)
-    return chosen, by_expert.gather(-1, chosen)
+    return _Choose.apply(affinity, capacity)
 
 
 def top_tokens(affinity: Tensor, capacity: int) -> Tensor:
@@ -73,9 +69,14 @@ class _Choose(torch.autograd.Function):
     def forward(ctx, affinity: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
         ctx.shape = affinity.shape
         groups, _, experts = ctx.shape
-        gate = affinity.new_empty(experts, groups, capacity)
-        chosen = torch.empty_like(gate, dtype=torch.int64)
-        _choose(affinity.contiguous(), chosen, gate)
+        if kernels.use_triton(affinity):
+            gate = affinity.new_empty(experts, groups, capacity)
+            chosen = torch.empty_like(gate, dtype=torch.int64)
+            _choose(affinity.contiguous(), chosen, gate)
+        else:
+            by_expert = affinity.permute(2, 0, 1)  # (E, G, T)
+            chosen = top_tokens(by_expert, capacity)
+            gate = by_expert.gather(-1, chosen)
         ctx.save_for_backward(chosen)
         ctx.mark_non_differentiable(chosen)
         return chosen, gate
@@ -83,8 +84,7 @@ class _Choose(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _grad_chosen: None, grad: Tensor):
         grad_affinity = grad.new_zeros(ctx.shape)
-        # an expert takes a token once, so no two gradients go to the same place
-        grad_affinity.permute(2, 0, 1).scatter_(-1, ctx.saved_tensors[0], grad)
+        _give_back(ctx.saved_tensors[0], grad, grad_affinity)
         return grad_affinity, None
 
 
@@ -97,6 +97,14 @@ def _affinities(x: Tensor, weight: Tensor, out: Tensor) -> None:
         x, weight, out, tokens, width, experts, TOKENS=TOKENS, BLOCK=64, EXPERTS=max(16, power_of_two(experts)),
         EXACT="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4,
     )  # fmt: skip
+
+
+@operator("give_back(Tensor token, Tensor grad, Tensor(a!) grad_affinity)")
+def _give_back(token: Tensor, grad: Tensor, grad_affinity: Tensor) -> None:
+    """An operator, for torch.compile must not look into it: on a CPU, torch 2.13 makes of zeros, a scatter into them
+    and a softmax's backward pass one loop that gives other numbers."""
+    # an expert takes a token once, so no two gradients go to the same place
+    grad_affinity.permute(2, 0, 1).scatter_(-1, token, grad)
 
 
 @operator("choose(Tensor affinity, Tensor(a!) token, Tensor(b!) gate)")

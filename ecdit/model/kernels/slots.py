@@ -57,12 +57,12 @@ def slot_map(token: Tensor, filled: Tensor | None, tokens: int, experts: int) ->
 
 def dispatch(x: Tensor, where: SlotMap) -> Tensor:
     """Copies each slot's token: (N, D) -> (M, D)."""
-    return _Dispatch.apply(x, where)
+    return _Dispatch.apply(x, where.token, where.slots, where.offsets)
 
 
 def combine(rows: Tensor, gate: Tensor, where: SlotMap) -> Tensor:
     """Gate-weighted sum of each token's slots: (M, D), (M,) -> (N, D), in the type of the rows."""
-    return _Combine.apply(rows, gate, where)
+    return _Combine.apply(rows, gate, where.token, where.slots, where.offsets, where.holes)
 
 
 def dispatch_fp8(x: Tensor, where: SlotMap) -> tuple[Tensor, Tensor]:
@@ -103,25 +103,25 @@ def sum_slots(rows: Tensor, slots: Tensor, offsets: Tensor, weight: Tensor | Non
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, where: SlotMap) -> Tensor:
-        ctx.save_for_backward(where.slots, where.offsets)
+    def forward(ctx, x: Tensor, token: Tensor, slots: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(slots, offsets)
         if not kernels.use_triton(x):
-            return x.index_select(0, where.token)
-        rows = x.new_empty(len(where.token), x.shape[1])
-        _gather(x.contiguous(), where.token, rows)
+            return x.index_select(0, token)
+        rows = x.new_empty(len(token), x.shape[1])
+        _gather(x.contiguous(), token, rows)
         return rows
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return sum_slots(grad, *ctx.saved_tensors), None
+        return sum_slots(grad, *ctx.saved_tensors), None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, gate: Tensor, where: SlotMap) -> Tensor:
-        ctx.holes = where.holes
-        ctx.save_for_backward(rows, gate, where.token, where.slots, where.offsets)
-        return sum_slots(rows, where.slots, where.offsets, gate)
+    def forward(ctx, rows: Tensor, gate: Tensor, token: Tensor, slots: Tensor, offsets: Tensor, holes: bool) -> Tensor:
+        ctx.holes = holes
+        ctx.save_for_backward(rows, gate, token, slots, offsets)
+        return sum_slots(rows, slots, offsets, gate)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -129,11 +129,11 @@ class _Combine(torch.autograd.Function):
         if not kernels.use_triton(grad):
             of_slot = grad.index_select(0, token)
             by_gate = of_slot * gate.to(rows.dtype)[:, None]
-            return by_gate, torch.linalg.vecdot(of_slot, rows).to(gate.dtype), None
+            return by_gate, torch.linalg.vecdot(of_slot, rows).to(gate.dtype), None, None, None, None
         make = torch.zeros_like if ctx.holes else torch.empty_like  # no token comes by an empty slot
         grad_rows, grad_gate = make(rows), make(gate)
         _combine_backward(grad.contiguous(), rows.contiguous(), gate, slots, offsets, grad_rows, grad_gate)
-        return grad_rows, grad_gate, None
+        return grad_rows, grad_gate, None, None, None, None
 
 
 @operator("place(Tensor token, Tensor? filled, Tensor(a!) table)")
