@@ -1,35 +1,52 @@
-"""Pictures as files: single PNGs that carry their prompt, and labelled grids.
+"""Pictures as files: single PNGs that carry what they were drawn from, and labelled grids.
 
 Shapes: `N` pictures of `R` pixels a side.
 """
 
+import hashlib
 import re
 from pathlib import Path
 
+import numpy as np
+import torch
+import xxhash
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
-
-from ecdit.recipe import SampleRecipe
-from ecdit.sampling import Samples
 
 CELL = 128  # side of a picture in a grid; smaller pictures are enlarged to it by whole factors
 GAP, LABEL = 6, 20
 
 
-def write_pictures(samples: Samples, folder: Path, settings: SampleRecipe, source: str) -> list[Path]:
-    """One PNG a sample, named by prompt and seed; prompt, seed and settings stand in its text chunks."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for image, prompt, seed in zip(samples.images, samples.prompts, samples.seeds, strict=True):
-        info = PngInfo()
-        text = {"prompt": prompt, "seed": seed, "source": source, **settings.model_dump()}
-        for key, value in text.items():
-            info.add_itxt(key, str(value))
-        path = folder / f"{slug(prompt)}-{seed}.png"
-        Image.fromarray(image.numpy()).save(path, pnginfo=info)
-        paths.append(path)
-    return paths
+def save_picture(image: Tensor, path: Path, text: dict[str, str]) -> None:
+    """A PNG (R, R, 3) uint8 with `text` in its text chunks, whole or not at all."""
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_itxt(key, value)
+    aside = path.with_suffix(".partial")
+    Image.fromarray(image.numpy()).save(aside, "PNG", pnginfo=info)
+    aside.replace(path)
+
+
+def read_text(path: Path) -> dict[str, str]:
+    """The text chunks of a picture; none where there is no such picture, or it is damaged."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return dict(picture.text)
+    except (OSError, SyntaxError, AttributeError):  # what PIL raises for a broken PNG; other kinds have no text
+        return {}
+
+
+def read_pixels(path: Path) -> Tensor:
+    """(R, R, 3) uint8."""
+    with Image.open(path) as picture:
+        return torch.from_numpy(np.array(picture.convert("RGB")))
+
+
+def digest(path: Path) -> str:
+    """xxh64 of a picture's pixels: the same wherever it was drawn."""
+    return xxhash.xxh64(read_pixels(path).numpy().tobytes()).hexdigest()
 
 
 def grid(images: Tensor, labels: list[str], columns: int) -> Image.Image:
@@ -51,8 +68,11 @@ def grid(images: Tensor, labels: list[str], columns: int) -> Image.Image:
 
 
 def slug(prompt: str) -> str:
-    """A file name for a prompt."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "empty"
+    """A file name for a prompt, which no other prompt has: its words, and a digest where these do not tell all."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
+    if words and words.replace("-", " ") == prompt:
+        return words
+    return f"{words[:47]}-{hashlib.blake2b(prompt.encode(), digest_size=6).hexdigest()}".lstrip("-")
 
 
 def _fit(text: str, pen: ImageDraw.ImageDraw, font: ImageFont.ImageFont, width: int) -> str:

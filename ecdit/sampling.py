@@ -1,13 +1,16 @@
 """Draws pictures from a run's averaged weights, and counts where its experts worked.
 
 An image's conditional and unconditional half form one routing group, so a picture depends on its prompt, its seed and
-the settings, never on what else was in the batch.
+the settings, never on what else was in the batch. Nor does its rounding: a forward pass always has `sample.batch`
+pictures, filled up where there are fewer. A matrix product of another size is rounded otherwise, by 1e-7; that is
+enough for an expert to take another of two tokens that are all but tied, and then the picture is another one.
 
 Shapes: `B` images, `S` tokens of an image, `L` text tokens, `c` latent channels; `N` pictures asked for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -17,21 +20,22 @@ from ecdit.data.encoders import Autoencoder, TextEncoder, load_checked_autoencod
 from ecdit.diffusion.draws import seed_noise
 from ecdit.diffusion.patch import unpatchify
 from ecdit.diffusion.solver import euler, guide, heun, time_grid
+from ecdit.dtypes import DTYPES
 from ecdit.errors import UserError
 from ecdit.model.dit import EcDit
-from ecdit.recipe import ParallelRecipe, Recipe, SampleRecipe, TrainRecipe
+from ecdit.recipe import Recipe, SampleRecipe
 from ecdit.run import Run
 
 SOLVERS = {"euler": euler, "heun": heun}
-BATCH = 64  # pictures drawn at once
 
 
 @dataclass
 class Samples:
-    """images (N, R, R, 3) uint8. times (V,): where the velocity was asked for; experts (V, layers, N, S): how many
-    experts took each token of the conditional half there; empty unless asked for."""
+    """images (N, R, R, 3) uint8, decoded from latents (N, c, h, w). times (V,): where the velocity was asked for;
+    experts (V, layers, N, S): how many experts took each token of the conditional half there; None unless counted."""
 
     images: Tensor
+    latents: Tensor
     prompts: list[str]
     seeds: list[int]
     times: list[float] = field(default_factory=list)
@@ -47,41 +51,37 @@ class Sampler:
 
     @classmethod
     def from_run(cls, run: Run, device: torch.device | None = None) -> "Sampler":
-        """From the averaged weights of the run's newest checkpoint. Raises UserError where there is none."""
+        """On this process alone, from the averaged weights of the run's newest checkpoint.
+
+        Raises UserError where there is none.
+        """
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         recipe = run.recipe()
+        if recipe.model.routing == "megatron_topk":  # megatron-core's layer exists only in a job, here of one rank
+            from ecdit.assemble import start_topology  # imports megatron-core
+            from ecdit.sampling_job import open_sampler, sampling_recipe
+
+            alone = sampling_recipe(run, ())
+            return open_sampler(run, alone, start_topology(alone))[0]
         saved, messages = run.newest_checkpoint()
         if saved is None:
             raise UserError("\n".join([*messages, f"{run.checkpoints}: no checkpoint yet; `ecdit train` makes one"]))
-        data = recipe.data
+        with torch.device("meta"):
+            model = EcDit(recipe.model)
+        model.load_state_dict(saved.kind("ema"), assign=True)
+        return cls.with_encoders(model.to(device, DTYPES[recipe.train.precision]), recipe, device)
+
+    @classmethod
+    def with_encoders(cls, model: EcDit, recipe: Recipe, device: torch.device) -> "Sampler":
+        """With the recipe's frozen encoders. Raises UserError where they cannot be had or do not fit."""
         text_encoder = load_text_encoder(
-            data.text_encoder,
+            recipe.data.text_encoder,
             width=recipe.model.text_width,
             tokens=recipe.model.text_tokens,
             device=device,
             dtype=torch.float32,
         )
-        model = cls._model(recipe, saved.kind("ema"), device)
         return cls(model, recipe, text_encoder, load_checked_autoencoder(recipe, device))
-
-    @staticmethod
-    def _model(recipe: Recipe, weights: dict[str, Tensor], device: torch.device) -> EcDit:
-        if recipe.model.grouped or recipe.model.routing == "dense":
-            with torch.device("meta"):
-                model = EcDit(recipe.model)
-            model.load_state_dict(weights, assign=True)
-            return model.to(device)
-        # megatron-core's layer exists only in a job, here of one rank, and knows states besides its weights
-        alone = recipe.model_copy(update={"parallel": ParallelRecipe(), "train": TrainRecipe(precision="bf16")})
-        from ecdit.assemble import assemble_model, check_job, start_topology  # imports megatron-core
-
-        place = start_topology(alone)
-        check_job(alone, place)
-        model = assemble_model(alone, place)
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                weight.copy_(weights[name])
-        return model
 
     @torch.no_grad()
     def draw(
@@ -92,41 +92,68 @@ class Sampler:
         *,
         count_experts: bool = False,
     ) -> Samples:
-        """One picture for each prompt and seed, BATCH at a time."""
+        """One picture for each prompt and seed, `settings.batch` at a time, or as many as tensor ranks share evenly."""
+        size = self._batch(settings)
         parts = [
-            self._draw(list(prompts[i : i + BATCH]), list(seeds[i : i + BATCH]), settings, count_experts)
-            for i in range(0, len(prompts), BATCH)
+            self._draw(list(prompts[i : i + size]), list(seeds[i : i + size]), settings, count_experts)
+            for i in range(0, len(prompts), size)
         ]
         experts = torch.cat([part.experts for part in parts], dim=2) if count_experts else None
         images = torch.cat([part.images for part in parts])
-        return Samples(images, list(prompts), list(seeds), parts[0].times, experts)
+        latents = torch.cat([part.latents for part in parts])
+        return Samples(images, latents, list(prompts), list(seeds), parts[0].times, experts)
+
+    def _batch(self, settings: SampleRecipe) -> int:
+        ranks = self.model.spread.tensor_ranks
+        return -(-settings.batch // ranks) * ranks
 
     def _draw(self, prompts: list[str], seeds: list[int], settings: SampleRecipe, count_experts: bool) -> Samples:
+        wanted = len(prompts)
+        counts: list[tuple[float, Tensor]] = []
+        count = (lambda t, experts: counts.append((t, experts))) if count_experts else None
+        *_, (_, latents) = self.denoise(prompts, seeds, settings, count)
+        images = self.decode(latents)[:wanted]
+        times, experts = zip(*counts, strict=True) if counts else ((), ())
+        taken = torch.stack(experts)[:, :, :wanted] if counts else None
+        return Samples(images, latents[:wanted].cpu(), prompts, seeds, list(times), taken)
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: SampleRecipe,
+        count: Callable[[float, Tensor], None] | None = None,
+    ) -> Iterator[tuple[float, Tensor]]:
+        """(time, latents (B, c, h, w)) after every step of the solver: first those of the prompts and seeds, `B` at
+        most, then what fills the batch up.
+
+        `count` is called with (time, experts per token (layers, B, S) uint8) whenever the velocity was asked for."""
         model, device = self.recipe.model, next(self.model.parameters()).device
-        wanted, lots = len(prompts), self.model.spread.tensor_ranks
-        while len(prompts) % lots:  # tensor ranks share the pictures evenly
-            prompts, seeds = [*prompts, prompts[-1]], [*seeds, seeds[-1]]
+        missing = self._batch(settings) - len(prompts)
+        prompts, seeds = ([*items, *items[-1:] * missing] for items in (list(prompts), list(seeds)))
         # a pair of rows for each picture: its caption, and the empty one
         text, mask = self.text_encoder([caption for prompt in prompts for caption in (prompt, "")])
-        times: list[float] = []
-        experts: list[Tensor] = []
 
         def velocity(x: Tensor, t: float) -> Tensor:
             pairs = x.float().repeat_interleave(2, dim=0)
             at = torch.full((len(pairs),), t, device=device)
             out = self.model.infer(pairs, at, text, mask, model.sample_group_tokens)
-            if count_experts:
+            if count is not None:
                 counts = [plan.experts_per_token().view(-1, 2, model.tokens)[:, 0] for plan in out.plans]
-                times.append(t)
-                experts.append(torch.stack(counts).to("cpu", torch.uint8))
+                count(t, torch.stack(counts).to("cpu", torch.uint8))
             with_text, without = out.velocity.float().view(-1, 2, *out.velocity.shape[1:]).unbind(1)
             guided = guide(with_text, without, settings.guidance)
             return unpatchify(guided, model.patch, model.channels)
 
-        noise = seed_noise(seeds, model.channels, model.side, device)
-        latents = SOLVERS[settings.solver](velocity, noise, time_grid(settings.steps, settings.shift))
-        images = self.autoencoder.decode(latents[:wanted]).permute(0, 2, 3, 1).cpu()
-        return Samples(images, prompts[:wanted], seeds[:wanted], times, torch.stack(experts) if count_experts else None)
+        latents = seed_noise(seeds, model.channels, model.side, device)
+        for step in pairwise(time_grid(settings.steps, settings.shift)):
+            latents = SOLVERS[settings.solver](velocity, latents, step)
+            yield step[1], latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, c, h, w) -> pictures (B, R, R, 3) uint8."""
+        return self.autoencoder.decode(latents).permute(0, 2, 3, 1).cpu()
 
 
 def sample(

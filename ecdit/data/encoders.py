@@ -9,6 +9,7 @@ Shapes: `B` images, `L` text tokens, `Y` width of the text embedding, `c` latent
 import hashlib
 import math
 from functools import cache
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 from ecdit.data.pretrained import KlLatents, PretrainedText, to_bytes
 from ecdit.errors import UserError
 from ecdit.recipe import Recipe
+from parallel.device import to_device
 
 
 class TextEncoder(Protocol):
@@ -27,6 +29,12 @@ class TextEncoder(Protocol):
 
     def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """(B, L, Y) in fp32 and (B, L), True where a token is real; the empty caption too has a real token."""
+
+    def words(self, caption: str) -> list[str]:
+        """What the caption's real tokens stand for, in their order."""
+
+    def save(self, folder: Path) -> dict[str, str]:
+        """Writes its parts into folders of a diffusers pipeline; their classes in transformers, by name of the part."""
 
 
 class Autoencoder(Protocol):
@@ -40,6 +48,9 @@ class Autoencoder(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, c, R / factor, R / factor) -> (B, 3, R, R) uint8."""
+
+    def save(self, folder: Path) -> dict[str, str]:
+        """Writes itself into a folder of a diffusers pipeline; its class in diffusers, by name of the part."""
 
 
 def load_text_encoder(
@@ -89,11 +100,17 @@ class HashText:
         out = torch.zeros(len(captions), self.tokens, self.width)
         mask = torch.zeros(len(captions), self.tokens, dtype=torch.bool)
         for row, caption in enumerate(captions):
-            words = [self.START, *split_words(caption)][: self.tokens]
+            words = self.words(caption)
             out[row, : len(words)] = torch.stack([self._word(word) for word in words])
             mask[row, : len(words)] = True
-        out, mask = out.to(self.device), mask.to(self.device)
+        out, mask = to_device(out, self.device), to_device(mask, self.device)
         return (out + self._places) * mask[..., None], mask
+
+    def words(self, caption: str) -> list[str]:
+        return [self.START, *split_words(caption)][: self.tokens]
+
+    def save(self, folder: Path) -> dict[str, str]:
+        return {}  # the pipeline makes it anew
 
 
 def split_words(caption: str) -> list[str]:
@@ -114,6 +131,9 @@ class Pixels:
     def decode(self, latents: Tensor) -> Tensor:
         """(B, 3, R, R) -> (B, 3, R, R) uint8."""
         return to_bytes(latents)
+
+    def save(self, folder: Path) -> dict[str, str]:
+        return {}
 
 
 def load_checked_autoencoder(recipe: Recipe, device: torch.device, dtype: torch.dtype = torch.float32) -> Autoencoder:

@@ -21,6 +21,7 @@ from ecdit.diffusion.draws import dropped_captions, posterior_noise
 from ecdit.errors import UserError
 from ecdit.recipe import Recipe
 from ecdit.recipe_data import DataRecipe
+from parallel.device import to_device
 from parallel.frozen import shard_frozen
 from parallel.topology import Topology
 
@@ -67,7 +68,7 @@ class Inputs:
         device = self._place.device
         noise = None
         if self._recipe.data.posterior == "sample":
-            noise = posterior_noise(self._recipe, step, positions.to(device))
+            noise = posterior_noise(self._recipe, step, to_device(positions, device))
         if self._encoded.pictures is not None:
             mean, stored = samples.mean.to(device).float(), self._encoded.pictures
             logvar = None if noise is None else samples.logvar.to(device).float()
@@ -85,7 +86,7 @@ class Inputs:
         dropped = dropped_captions(self._recipe, step, positions)
         if self._encoded.text is not None:
             device = self._place.device
-            drop = dropped.to(device)[:, None]
+            drop = to_device(dropped, device)[:, None]
             text, mask = samples.text.to(device), samples.text_mask.to(device)
             empty, empty_mask = self._empty
             return torch.where(drop[..., None], empty, text).float(), torch.where(drop, empty_mask, mask)
@@ -140,9 +141,10 @@ def _check_text(recipe: Recipe, encoded: Encoded) -> None:
             f"data.text_encoder: {recipe.data.text_encoder} is not the one that the shards' embeddings come from, "
             f"which is {stored.text_encoder}; set it to that, for prompts are read with it"
         )
-    for key, value, needed in (("text_width", model.text_width, stored.width),):
-        if value != needed:
-            raise UserError(f"model.{key}: {value} does not fit the shards' embeddings, which have {needed}")
+    if model.text_width != stored.width:
+        raise UserError(
+            f"model.text_width: {model.text_width} does not fit the shards' embeddings, which have {stored.width}"
+        )
     if stored.tokens > model.text_tokens:
         raise UserError(
             f"model.text_tokens: {model.text_tokens} is under the {stored.tokens} that the shards' embeddings may have"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ecdit.data.torchvision_guard import hide_broken_torchvision
 from ecdit.errors import UserError
+from parallel.device import to_device
 
 # transformers' class for each kind of text encoder, by its configuration's model_type
 KINDS = {
@@ -34,8 +35,8 @@ class PretrainedText:
 
     def __init__(self, name: str, tokens: int, device: torch.device, dtype: torch.dtype):
         transformers = _package("transformers", TEXT, name)
-        where = {"local_files_only": _is_local(TEXT, name)}
-        load = _loader(TEXT, name, "a text encoder with its tokenizer")
+        where = {"local_files_only": is_local(TEXT, name)}
+        load = loader(TEXT, name, "a text encoder with its tokenizer")
         config = load(transformers.AutoConfig.from_pretrained, name, **where)
         kind = config.model_type
         if kind not in KINDS:
@@ -60,11 +61,24 @@ class PretrainedText:
         """(B, L, Y) and (B, L), True where a token is real."""
         batch = self._tokenizer(
             captions, padding="max_length", truncation=True, max_length=self.tokens, return_tensors="pt"
-        ).to(self.device)
-        mask = batch["attention_mask"].bool()
+        )
+        tokens, mask = (to_device(batch[key], self.device) for key in ("input_ids", "attention_mask"))
+        mask = mask.bool()
         mask[:, 0] = True  # a tokenizer without an end token makes nothing of the empty caption
-        out = self._run(input_ids=batch["input_ids"], attention_mask=mask.long()).last_hidden_state
+        out = self._run(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
         return out.float() * mask[..., None], mask
+
+    def words(self, caption: str) -> list[str]:
+        """What the caption's tokens stand for, without the tokenizer's marks of where words begin and end."""
+        pieces = self._tokenizer(caption, truncation=True, max_length=self.tokens)["input_ids"]
+        names = self._tokenizer.convert_ids_to_tokens(pieces)
+        return [name.lstrip("▁").removesuffix("</w>") or name for name in names]
+
+    def save(self, folder: Path) -> dict[str, str]:
+        """The model and the tokenizer, into folders of a diffusers pipeline; their classes, by name of the part."""
+        self.model.save_pretrained(folder / "text_encoder")
+        self._tokenizer.save_pretrained(folder / "tokenizer")
+        return {"text_encoder": type(self.model).__name__, "tokenizer": type(self._tokenizer).__name__}
 
     def compile(self, captions: int) -> bool:
         """Compiles the model for so many captions at a time: it is nearly twice as fast then on a GPU. Returns False,
@@ -82,8 +96,8 @@ class KlLatents:
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype):
         diffusers = _package("diffusers", PICTURES, name)
-        load = _loader(PICTURES, name, "an AutoencoderKL")
-        local = _is_local(PICTURES, name)
+        load = loader(PICTURES, name, "an AutoencoderKL")
+        local = is_local(PICTURES, name)
         subfolder = {"subfolder": "vae"} if local and (Path(name) / "vae").is_dir() else {}
         model = load(
             diffusers.AutoencoderKL.from_pretrained, name, torch_dtype=dtype, local_files_only=local, **subfolder
@@ -111,6 +125,11 @@ class KlLatents:
         """(B, c, h, h) -> (B, 3, R, R) uint8."""
         return to_bytes(self.model.decode((latents / self.scale + self.shift).to(self._dtype)).sample)
 
+    def save(self, folder: Path) -> dict[str, str]:
+        """Into a folder of a diffusers pipeline; its class, by name of the part."""
+        self.model.save_pretrained(folder / "vae")
+        return {"vae": type(self.model).__name__}
+
 
 def of_posterior(mean: Tensor, logvar: Tensor, noise: Tensor | None) -> Tensor:
     """The mode, or with noise a sample; all (B, c, h, h)."""
@@ -130,18 +149,18 @@ def _package(package: str, key: str, name: str) -> Any:
         raise UserError(f"{key}: {name!r} needs the package {package}; install the extra `ecdit[encoders]`") from None
 
 
-def _is_local(key: str, name: str) -> bool:
+def is_local(key: str, name: str) -> bool:
     """Whether the name is a folder. Raises UserError where it looks like one and is not there."""
     path = Path(name).expanduser()
     if path.is_dir():
         return True
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        valid = "hash" if key == TEXT else "pixels"
-        raise UserError(f"{key}: {name!r}: no such folder; valid: {valid}, a local folder, or a hub name")
+        offline = {TEXT: "hash, ", PICTURES: "pixels, "}.get(key, "")
+        raise UserError(f"{key}: {name!r}: no such folder; valid: {offline}a local folder, or a hub name")
     return False
 
 
-def _loader(key: str, name: str, kind: str) -> Callable[..., Any]:
+def loader(key: str, name: str, kind: str) -> Callable[..., Any]:
     """Calls a `from_pretrained` with its many errors turned into one UserError."""
 
     def load(from_pretrained: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,6 @@
 """Solvers of the sampling ODE dx/dt = v(x, t), from noise at t = 0 to data at t = 1."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -16,14 +16,14 @@ def time_grid(steps: int, shift: float = 1.0) -> list[float]:
     return (1 - shift * noise / (1 + (shift - 1) * noise)).tolist()
 
 
-def euler(velocity: Velocity, x: Tensor, grid: list[float]) -> Tensor:
+def euler(velocity: Velocity, x: Tensor, grid: Sequence[float]) -> Tensor:
     """One evaluation a step; first order."""
     for t, after in pairwise(grid):
         x = x + (after - t) * velocity(x, t)
     return x
 
 
-def heun(velocity: Velocity, x: Tensor, grid: list[float]) -> Tensor:
+def heun(velocity: Velocity, x: Tensor, grid: Sequence[float]) -> Tensor:
     """Two evaluations a step; second order."""
     for t, after in pairwise(grid):
         first = velocity(x, t)

@@ -103,11 +103,19 @@ def upright_rgb(image: Image.Image, side: int) -> tuple[Image.Image, list[str]]:
 
 
 def _square(image: Image.Image, key: str, settings: Settings) -> Image.Image:
+    if settings.crop == "centre":
+        return centre_square(image, settings.resolution)
+    place = np.random.default_rng(key_of(settings.seed, "crop", key)).random(2)
+    left, top = np.rint((np.array(image.size) - min(image.size)) * place).astype(int).tolist()
+    return _cut(image, left, top, settings.resolution)
+
+
+def centre_square(image: Image.Image, side: int) -> Image.Image:
+    """The largest square in the middle, resized (Lanczos)."""
     short = min(image.size)
-    spare = np.array(image.size) - short
-    place = np.array([0.5, 0.5])
-    if settings.crop == "random":
-        place = np.random.default_rng(key_of(settings.seed, "crop", key)).random(2)
-    left, top = np.rint(spare * place).astype(int).tolist() if settings.crop == "random" else (spare // 2).tolist()
-    box = (left, top, left + short, top + short)
-    return image.resize((settings.resolution,) * 2, Image.Resampling.LANCZOS, box=box)
+    return _cut(image, (image.width - short) // 2, (image.height - short) // 2, side)
+
+
+def _cut(image: Image.Image, left: int, top: int, side: int) -> Image.Image:
+    short = min(image.size)
+    return image.resize((side, side), Image.Resampling.LANCZOS, box=(left, top, left + short, top + short))

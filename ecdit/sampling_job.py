@@ -1,0 +1,100 @@
+"""Sampling by the ranks of a job: their layout, the checkpoint loaded onto it, and how they end.
+
+A run's checkpoint loads onto any layout, so that of the training does not matter here: ranks share the pictures, unless
+`parallel.*` spreads the model over them.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from ecdit.assemble import assemble_model, check_libraries, start_topology
+from ecdit.errors import UserError, explain
+from ecdit.recipe import ParallelRecipe, Recipe
+from ecdit.recipe_io import change_recipe
+from ecdit.run import Run
+from ecdit.sampling import Sampler
+from parallel import topology
+from parallel.checkpoint.boxes import Boxes
+from parallel.checkpoint.folder import MANIFEST, Checkpoint, committed, describe, open_checkpoint, step_of, verify
+from parallel.failure import together
+from parallel.parameters import named_parameters
+from parallel.topology import Topology
+
+FREE = ("parallel.", "sample.", "train.precision", "train.linears")  # what sampling may change of a run's recipe
+
+
+class Source(NamedTuple):
+    """Of which checkpoint weights are: its step, and the xxh64 of its manifest, which has that of every file."""
+
+    step: int
+    digest: str
+
+    def __str__(self) -> str:
+        return f"step {self.step}, {self.digest}"
+
+
+def sampling_recipe(run: Run, overrides: Sequence[str]) -> Recipe:
+    """The run's recipe with every rank alone, and `key=value` overrides. Raises UserError for a key that is not free:
+    the others decide the model."""
+    return change_for_sampling(run.recipe(), overrides, str(run.recipe_file))
+
+
+def change_for_sampling(recipe: Recipe, overrides: Sequence[str], source: str) -> Recipe:
+    """The same of a recipe that is no run's yet; `source`: where it is from."""
+    for override in overrides:
+        if "=" in override and not override.startswith(FREE):
+            raise UserError(
+                f"{override!r}: this key belongs to the run, whose weights are drawn from; "
+                f"valid here: {', '.join(f'{key}*' if key.endswith('.') else key for key in FREE)}"
+            )
+    return change_recipe(recipe.model_copy(update={"parallel": ParallelRecipe()}), overrides, source)
+
+
+@contextmanager
+def joined(recipe: Recipe, run: Run) -> Iterator[Topology]:
+    """This process's place among the ranks of the job, or of a job of its own. An error on one rank ends all."""
+    place = start_topology(recipe)
+    try:
+        with together(place, run.log_file(place.rank), explain, lambda rank, error: None):
+            yield place
+    finally:
+        topology.stop()
+
+
+def open_sampler(run: Run, recipe: Recipe, place: Topology, step: int | None = None) -> tuple[Sampler, Source]:
+    """The run's averaged weights on this layout, in the type of `train.precision`, and which checkpoint they are of:
+    the newest, or that of `step`.
+
+    Raises UserError where there is no such checkpoint, or a library that the recipe asks for is missing.
+    """
+    check_libraries(recipe, place)
+    saved = _verified(run, place, step)
+    model = assemble_model(recipe, place)
+    with torch.no_grad():
+        state = {
+            f"ema/{name}": Boxes(weight.block.whole, [(weight.block.offset, weight.detach())])
+            for name, weight in named_parameters(model)
+        }
+        saved.load(state)
+    digest = describe(saved.folder / MANIFEST)["xxh64"]  # the manifest has the checksum of every file
+    return Sampler.with_encoders(model, recipe, place.device), Source(saved.step, digest)
+
+
+def _verified(run: Run, place: Topology, step: int | None) -> Checkpoint:
+    """The newest checkpoint that verifies, or that of `step`; each rank reads a part of its files. Nothing is renamed:
+    a training run may be at work in the folder."""
+    found = place.everyones(committed(run.checkpoints) if place.first else None)[0]
+    folders = [folder for folder in found if step in (None, step_of(folder))]
+    if found and not folders:
+        there = ", ".join(str(step_of(folder)) for folder in found)
+        raise UserError(f"--step: {step}: {run.checkpoints} has no checkpoint of this step; valid: {there}")
+    messages = []
+    for folder in reversed(folders):
+        problems = [problem for part in place.everyones(verify(folder, place.rank, place.ranks)) for problem in part]
+        if not problems:
+            return open_checkpoint(folder)
+        messages.append(f"{folder} is broken: {'; '.join(dict.fromkeys(problems))}")
+    raise UserError("\n".join([*messages, f"{run.checkpoints}: no checkpoint yet; `ecdit train` makes one"]))

@@ -1,0 +1,165 @@
+"""A picture is a function of checkpoint, prompt and seed: alone, in a batch, on any ranks, drawn once."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from ecdit.assemble import start_topology
+from ecdit.drawing import path_of, share, text_of
+from ecdit.errors import UserError
+from ecdit.pictures import read_pixels, read_text, slug
+from ecdit.prompts import Request, read_prompts, repeat
+from ecdit.run import Run
+from ecdit.sample_command import sample
+from ecdit.sampling import Sampler
+from ecdit.sampling_job import open_sampler, sampling_recipe
+from parallel import topology
+from tests.command import ecdit
+from tests.ranks import run_on_ranks
+from tests.test_layouts_cli import torchrun
+from tests.test_train import complaint
+from tests.tiny_runs import random_run, save_checkpoint
+
+WORDS = ("red", "blue", "green", "yellow", "star", "circle", "ring", "square")
+REQUESTS = [Request(f"a {WORDS[i % 4]} {WORDS[4 + i // 4 % 4]}", 7 * i) for i in range(64)]
+LAYOUTS = {
+    "1 rank": (1, ()),
+    "data 4": (4, ()),
+    "tensor 2, expert 4, sequence": (4, ("parallel.tensor=2", "parallel.expert=4", "parallel.sequence=true")),
+    "data 2, pipeline 2": (4, ("parallel.pipeline=2",)),
+    "pipeline 2, expert 2": (4, ("parallel.pipeline=2", "parallel.expert=2")),
+    "expert-tensor 2, tensor 2": (4, ("parallel.tensor=2", "parallel.expert_tensor=2")),
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return random_run(tmp_path_factory.mktemp("sampling") / "tiny")
+
+
+def draw(sampler, requests):
+    return sampler.draw([r.prompt for r in requests], [r.seed for r in requests], sampler.recipe.sample).latents
+
+
+@pytest.fixture(scope="module")
+def alone(run):
+    """Each picture's latents, drawn by itself."""
+    sampler = Sampler.from_run(run, torch.device("cpu"))
+    return torch.cat([draw(sampler, [request]) for request in REQUESTS])
+
+
+def on_ranks(folder, overrides):
+    run = Run(folder)
+    recipe = sampling_recipe(run, overrides)
+    place = start_topology(recipe)
+    sampler, _ = open_sampler(run, recipe, place)
+    own = draw(sampler, share(REQUESTS, place.data_rank, place.data_ranks))
+    found = torch.cat(place.gather([own]))
+    topology.stop()
+    return found.numpy()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_picture_is_the_same_alone_in_a_batch_and_on_any_layout(run, alone, layout):
+    ranks, overrides = LAYOUTS[layout]
+    exactly = layout in ("1 rank", "data 4", "data 2, pipeline 2")  # others have products of other sizes
+    for found in run_on_ranks(on_ranks, ranks, run.folder, overrides):
+        torch.testing.assert_close(torch.from_numpy(found), alone, rtol=0, atol=0 if exactly else 1e-5)
+    assert (alone[0] - alone[1]).abs().max() > 0.1  # and no two are alike
+
+
+def test_a_prompt_file_is_drawn_by_ranks_once(run, tmp_path):
+    """The command under torchrun; then what is there is left alone, and what is not as asked for is drawn."""
+    file = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": f"a {word} {{thing}}", "seed": 10 * i, "note": i} for i, word in enumerate(WORDS[:5])]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["-m", "ecdit.cli", "sample", str(run.folder), "--prompts", str(file), "-n", "2", "--out", str(tmp_path)]
+    first = torchrun(2, *command, "parallel.expert=2")
+    assert first.returncode == 0, first.stderr
+    assert "10/10 pictures" in first.stderr and "pictures/s" in first.stderr
+    pictures = {path: path.stat().st_mtime_ns for path in sorted((tmp_path / "samples").glob("*.png"))}
+    assert len(pictures) == 10
+    text = read_text(path_of(Request("a red {thing}", 1), tmp_path / "samples"))
+    assert (text["prompt"], text["seed"], text["steps"], text["precision"]) == ("a red {thing}", "1", "3", "fp32")
+    assert text["checkpoint"].startswith("step 3, ")
+    damaged, changed, *_ = pictures
+    before = read_pixels(damaged)
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    Image.open(changed).save(changed)  # says no longer what it was drawn from
+    again = ecdit(*command[2:])
+    assert again.returncode == 0 and "8 of 10 pictures are there already" in again.stderr, again.stderr
+    assert [path for path in pictures if path.stat().st_mtime_ns == pictures[path]] == list(pictures)[2:]
+    assert torch.equal(read_pixels(damaged), before)  # by one process what two ranks had drawn
+    with Image.open(tmp_path / "samples.png") as grid:
+        assert grid.height > 5 * grid.width / 2  # five prompts of two pictures
+    run_on_ranks(save_checkpoint, 1, run.folder, 4)
+    newer = ecdit(*command[2:])
+    assert newer.returncode == 0 and "there already" not in newer.stderr, newer.stderr
+    assert read_text(damaged)["checkpoint"].startswith("step 4, ")
+
+
+@pytest.mark.parametrize("key", ["steps=9", "solver=heun", "guidance=1.5", "shift=2.0", "batch=2"])
+def test_pictures_of_other_settings_are_others(run, key):
+    request, one, other = Request("a", 0), sampling_recipe(run, ()), sampling_recipe(run, (f"sample.{key}",))
+    assert text_of(request, one.sample, "step 3", "fp32") != text_of(request, other.sample, "step 3", "fp32")
+
+
+def test_prompt_files(tmp_path):
+    text, objects = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    text.write_text("a red circle\n\n  two stars \n")
+    assert read_prompts(text, 2, 5) == [
+        Request(prompt, seed) for prompt in ("a red circle", "two stars") for seed in (5, 6)
+    ]
+    objects.write_text('{"prompt": "a", "seed": 3}\n{"prompt": ""}\n')
+    assert read_prompts(objects, 1, 5) == [Request("a", 3), Request("", 5)]
+    requests = repeat(["a", "a", "b"], 4, 0) + repeat(["a", "a", "b"], 4, 1)
+    assert len({request.seed for request in requests}) == 24
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("none.txt", None, "none.txt: cannot read this prompts file: No such file or directory"),
+        ("empty.txt", "\n", "empty.txt: has no prompt"),
+        ("latin.txt", b"caf\xe9", "latin.txt: cannot read this prompts file: not UTF-8 text"),
+        ("a.jsonl", "a red circle", "a.jsonl, line 1: 'a red circle' is no prompt"),
+        ("b.jsonl", '{"prompt": "a"}\n{"prompt": "a", "seed": -1}', "b.jsonl, line 2: seed: -1 is no seed"),
+        ("c.jsonl", '{"caption": "a"}', "c.jsonl, line 1:"),
+    ],
+)
+def test_bad_prompt_files_are_named(tmp_path, name, content, told):
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=told.replace("(", r"\(")):
+        read_prompts(file, 1, 0)
+
+
+def test_names_of_files_tell_prompts_apart():
+    prompts = ["a red circle", "a red  circle", "A red circle", "a red circle!", "", "été", "x" * 80, "x" * 81]
+    names = [slug(prompt) for prompt in prompts]
+    assert names[0] == "a-red-circle" and len(set(names)) == len(names)
+    assert all(0 < len(name) <= 60 and "/" not in name for name in names)
+
+
+def test_bad_input_of_the_command(run, tmp_path):
+    def told(folder, overrides=(), prompts=None, file=None):
+        with pytest.raises(UserError) as error:
+            sample(Run(folder), overrides, prompts, file, 1, 0, {}, tmp_path, heatmap=False)
+        topology.stop()
+        return str(error.value)
+
+    lost = tmp_path / "no.txt"
+    assert "'model.layers=2': this key belongs to the run" in told(run.folder, ["model.layers=2"])
+    assert "parallel.tensor: 3 does not divide model.heads: 4" in told(run.folder, ["parallel.tensor=3"])
+    assert "2 does not divide the 1 ranks of this job" in told(run.folder, ["parallel.pipeline=2"])
+    assert "--prompt and --prompts: give one of the two" in told(run.folder, (), ["a"], lost)
+    assert "no run here" in told(tmp_path / "nothing")
+    empty = Run(tmp_path / "empty")
+    empty.write_recipe(run.recipe())
+    assert "no checkpoint yet" in told(empty.folder)
+    wrong = complaint(ecdit("sample", run.folder, "--step", 2))
+    assert "--step: 2: " in wrong and "has no checkpoint of this step; valid: 3" in wrong
+    assert f"{lost}: cannot read this prompts file" in complaint(ecdit("sample", run.folder, "--prompts", lost))
