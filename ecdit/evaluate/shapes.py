@@ -6,13 +6,19 @@ over GenEval's six, as GenEval has it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ecdit.data.shapes import RELATIONS, TASKS, Scene, make_task
 from ecdit.data.shapes_draw import COLORS, SHAPES
+from ecdit.errors import UserError
 from ecdit.evaluate.detect import Found, detect
+from ecdit.evaluate.suite import Judgement, Options, Row
+from ecdit.pictures import read_pixels
+from ecdit.prompts import Request, repeat
+from ecdit.recipe import Recipe
 
 GENEVAL = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 CLEAR = 3.0  # pixels that make one object stand beside another
@@ -24,6 +30,43 @@ class Prompt:
 
     caption: str
     scene: Scene
+
+
+class ShapesSuite:
+    """See `ecdit.evaluate.suite.Suite`. `n`: pictures of each task, 50 if not given, each of a prompt of its own."""
+
+    def __init__(self, options: Options, recipe: Recipe):
+        resolution = recipe.data.resolution
+        if resolution != 32:
+            raise UserError(f"--suite shapes: judges pictures of 32x32; data.resolution of this run is {resolution}")
+        self._seed, self._prompts = options.seed, suite(options.n or 50, options.seed)
+
+    def requests(self) -> list[Request]:
+        """One picture a prompt."""
+        return repeat([prompt.caption for prompt in self._prompts], 1, self._seed)
+
+    def load(self) -> None:
+        """Nothing is learned here."""
+
+    def judge(self, pictures: list[Path]) -> Judgement:
+        """Whether each shows what its prompt states."""
+        images = np.stack([read_pixels(path).numpy() for path in pictures])
+        right = [
+            {"task": prompt.scene.task, "right": shows(things, prompt.scene)}
+            for things, prompt in zip(detect(images), self._prompts, strict=True)
+        ]
+        return Judgement(score(images, self._prompts), right)
+
+    @staticmethod
+    def rows(scores: dict[str, Any]) -> list[Row]:
+        """A task a row, GenEval's mean, and one object's colour and shape apart."""
+        counts = scores["pictures_a_task"]
+        rows = [Row(task, f"{share:.1%}", str(counts[task])) for task, share in scores["tasks"].items()]
+        rows.append(Row("overall", f"{scores['overall']:.1%}"))
+        for name in ("single_object_color", "single_object_shape"):
+            apart = scores[name]
+            rows.append(Row(name.replace("_", " "), f"{apart['accuracy']:.1%}", f"chance {apart['chance']:.1%}"))
+        return rows
 
 
 def suite(n: int, seed: int) -> list[Prompt]:
