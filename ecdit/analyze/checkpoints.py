@@ -1,4 +1,4 @@
-"""What is in a run's checkpoints: for `ecdit checkpoint` and `ecdit export`."""
+"""What is in a run's checkpoints: for `ecdit checkpoint`."""
 
 import json
 from collections.abc import Iterator
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from safetensors.torch import save_file
 
 from ecdit.errors import UserError
 from ecdit.run import Run
@@ -50,15 +49,3 @@ def verify_all(run: Run, step: int | None) -> Iterator[tuple[str, list[str]]]:
         raise UserError(f"{run.checkpoints}: no checkpoint{'' if step is None else f' of step {step}'}")
     for folder in folders:
         yield folder.name, verify(folder)
-
-
-def write_safetensors(run: Run, kind: str, file: Path) -> int:
-    """Whole fp32 tensors of the newest checkpoint, by parameter; its step. Raises UserError where there is none."""
-    run.recipe()
-    saved, messages = run.newest_checkpoint()
-    if saved is None:
-        raise UserError("\n".join([*messages, f"{run.checkpoints}: no checkpoint yet; `ecdit train` makes one"]))
-    aside = file.with_name(f"{file.name}.partial")
-    save_file(saved.kind(kind), aside, metadata={"step": str(saved.step), "recipe": saved.meta["recipe"]})
-    aside.replace(file)
-    return saved.step
