@@ -1,0 +1,1 @@
+"""Weights leave a run here: as safetensors, or as a diffusers pipeline that needs no package of ours."""
