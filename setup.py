@@ -4,6 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+SERVE = ["gradio>=6"]
 ENCODERS = ["transformers>=4.50", "diffusers>=0.35", "sentencepiece"]
 
 setup(
@@ -39,17 +40,22 @@ setup(
         "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
         "deepspeed": ["deepspeed>=0.19"],
         "encoders": ENCODERS,
-        "eval": ["scipy>=1.13"],
+        "eval": ["requests>=2.32", "transformers>=4.50"],
         "parquet": ["pyarrow>=17"],
+        "serve": SERVE,
         "wandb": ["wandb>=0.18"],
         "test": [
             *ENCODERS,
+            *SERVE,
             "hypothesis>=6.100",
+            "playwright>=1.50",
             "pyarrow>=17",
             "pytest>=8",
             "pytest-xdist>=3.6",
+            "requests>=2.32",
             "ruff>=0.17",
             "scipy>=1.13",
+            "torchmetrics>=1.7",
             "triton>=3.6; platform_system == 'Linux'",  # its interpreter; a CUDA build of torch brings its own
         ],
     },

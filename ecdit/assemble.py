@@ -1,19 +1,18 @@
 """From a recipe to what trains it: the topology of this job, this rank's part of the model, its engine."""
 
 import importlib.util
+import sys
 
-import torch
-
+from ecdit.dtypes import DTYPES
 from ecdit.errors import UserError
 from ecdit.model.dit import EcDit
 from ecdit.recipe import Recipe
 from parallel import topology
 from parallel.engine import Engine, UpdateSettings
 from parallel.engine.megatron import MegatronEngine
+from parallel.precision import KINDS, Fp8
 from parallel.spread.ranks import RankSpread
 from parallel.topology import Layout, LayoutError, Topology
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def start_topology(recipe: Recipe) -> Topology:
@@ -35,28 +34,44 @@ def check_job(recipe: Recipe, place: Topology) -> None:
             f"train.batch: {train.batch} does not divide into {ranks} data ranks with whole micro-batches of "
             f"train.micro_batch: {train.micro_batch}; try a multiple of {ranks * train.micro_batch}"
         )
+    if train.graph and place.device.type != "cuda":
+        raise UserError("train.graph: true needs a GPU, and there is none here; set it to false")
+    check_libraries(recipe, place)
+
+
+def check_libraries(recipe: Recipe, place: Topology) -> None:
+    """Raises UserError where the recipe asks for a library or a device that is not here."""
+    train, fp8 = recipe.train, recipe.precision.fp8
     for key, value, wanted, instead in (
-        ("model.routing", recipe.model.routing, "megatron_topk", "expert_choice or token_choice"),
-        ("train.linears", train.linears, "transformer_engine", "torch"),
+        ("model.routing", recipe.model.routing, ["megatron_topk"], "expert_choice or token_choice"),
+        ("train.linears", train.linears, ["transformer_engine"], "torch"),
+        ("precision.fp8", fp8, KINDS, "none"),
     ):
-        if value != wanted:
+        if value not in wanted:
             continue
         if place.device.type != "cuda":
             raise UserError(f"{key}: {value} needs a GPU, and there is none here; try {instead}")
         if importlib.util.find_spec("transformer_engine") is None:
             raise UserError(f"{key}: {value} needs Transformer Engine; install the extra `ecdit[te]`, or try {instead}")
+    why = Fp8(fp8).missing() if fp8 != "none" else None
+    if why is not None:
+        raise UserError(f"precision.fp8: {fp8} is not possible on this GPU ({why}); try none")
 
 
 def assemble_model(recipe: Recipe, place: Topology) -> EcDit:
     """This rank's part of the model, as it shall compute."""
-    spread = RankSpread(place, linears=recipe.train.linears, dispatch_chunks=recipe.parallel.dispatch_chunks)
+    fp8 = Fp8(recipe.precision.fp8, recipe.precision.where)
+    spread = RankSpread(place, linears=recipe.train.linears, dispatch_chunks=recipe.parallel.dispatch_chunks, fp8=fp8)
     with place.device:
-        model = EcDit(recipe.model, recipe.train.seed, spread, recipe.train.recompute)
+        model = EcDit(recipe.model, recipe.train.seed, spread, recipe.train.recompute, compiled=recipe.train.compile)
     if recipe.model.routing == "megatron_topk":
         from parallel.megatron_moe import set_share  # needs the extra `te`
 
         set_share(recipe.train.micro_batch * place.data_ranks / recipe.train.batch, place.device)
-    return model.to(DTYPES[recipe.train.precision])
+    model.to(DTYPES[recipe.train.precision])
+    for message in fp8.prepare(model):
+        print(message, file=sys.stderr)
+    return model
 
 
 def assemble_engine(recipe: Recipe, place: Topology) -> Engine:

@@ -13,14 +13,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ecdit import commands as run_commands
 from ecdit.data import commands as data_commands
 from ecdit.errors import UserError
 from ecdit.recipe_io import load_recipe
 from ecdit.run import Run
 from ecdit.stop import StopRequest
-from ecdit.terminal import Json, Overrides, RecipeFile, RunFolder, RunsFolder, console, join_job
+from ecdit.terminal import Json, Overrides, RecipeFile, RunFolder, RunsFolder, Step, console, join_job
 from launcher import commands as cluster_commands
 from parallel.job import under_srun
+
+SECONDS_UNDER_SRUN = 30  # that the first task may wait for an evaluation: srun ends it 60 after the others
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__.splitlines()[0], rich_markup_mode=None)
 
@@ -46,6 +49,12 @@ def train(
         callbacks.append(TensorBoard())
     if loaded.log.wandb is not None:
         callbacks.append(Wandb(loaded.log.wandb))
+    if loaded.evaluation.every:
+        from ecdit.callbacks.evaluation import Evaluation
+        from launcher.evaluation import starter
+
+        patience = SECONDS_UNDER_SRUN if under_srun() else None
+        callbacks.append(Evaluation(loaded, Run(runs / loaded.run), starter(loaded), stop, patience))
     code = run_training(loaded, runs, callbacks, stop)
     # srun ends the other tasks when one exits with a code, and passes on none: there status.json says the rest
     raise typer.Exit(DONE if code == STOPPED and under_srun() else code)
@@ -54,7 +63,9 @@ def train(
 @app.command()
 def sample(
     run: RunFolder,
+    overrides: Overrides = None,
     prompt: Annotated[list[str] | None, typer.Option(help="What to draw; repeat it for more rows.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File: a prompt a line, or .jsonl with prompt and seed.")] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of a prompt's first picture; the next has one more.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Steps of the solver.")] = None,
@@ -63,53 +74,18 @@ def sample(
     shift: Annotated[float | None, typer.Option(help="Shift of the time grid.")] = None,
     heatmap: Annotated[bool, typer.Option("--heatmap", help="Also show where the experts worked.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures; the run's own if not given.")] = None,
+    step: Step = None,
 ) -> None:
-    """Draw pictures from the averaged weights: PNGs, a grid (samples.png), and heatmap.png where asked for."""
-    from ecdit.pictures import grid, write_pictures
-    from ecdit.sampling import Sampler, sample_settings
+    """Draw pictures from the averaged weights: PNGs, a grid (samples.png), and heatmap.png where asked for.
 
-    sampler = Sampler.from_run(Run(run))
-    model = sampler.recipe.model
-    sparse = [layer + 1 for layer in range(model.layers) if model.sparse(layer)]
-    if heatmap and not sparse:
-        raise UserError("--heatmap: this model is dense (model.routing: dense); it has no experts to show")
-    settings = sample_settings(sampler.recipe, steps=steps, guidance=guidance, solver=solver, shift=shift)
-    prompts = prompt or sampler.recipe.log.prompts
-    pairs = [(text, seed + i) for text in prompts for i in range(n)]
-    with console.status(f"Drawing {len(pairs)} pictures in {settings.steps} steps"):
-        drawn = sampler.draw([p for p, _ in pairs], [s for _, s in pairs], settings)
-    folder = out or run
-    write_pictures(drawn, folder / "samples", settings, str(run))
-    grid(drawn.images, prompts, n).save(folder / "samples.png")
-    console.print(f"{len(pairs)} pictures in {folder / 'samples'}, all on {folder / 'samples.png'}", markup=False)
-    if heatmap:
-        from ecdit.analyze.heatmap import write_heatmap
+    Pictures that are there already are not drawn again. Under torchrun or srun the ranks share them; parallel.tensor=2
+    and the like spread the model too.
+    """
+    join_job()
+    from ecdit.sample_command import sample as run_sample
 
-        shown = sampler.draw(prompts, [seed] * len(prompts), settings, count_experts=True)
-        write_heatmap(shown, folder / "heatmap.png", sparse)
-        console.print(f"Experts per token: {folder / 'heatmap.png'}", markup=False)
-
-
-@app.command()
-def evaluate(
-    run: RunFolder,
-    suite: Annotated[str, typer.Option(help="Which scores: shapes.")] = "shapes",
-    n: Annotated[int, typer.Option("-n", min=1, help="Pictures of each task.")] = 50,
-    seed: Annotated[int, typer.Option(min=0, help="Of prompts and noise.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Score pictures drawn from the averaged weights; also writes evaluate-SUITE.json into the run."""
-    from ecdit.evaluate.suites import SUITES, as_table
-
-    if suite not in SUITES:
-        raise UserError(f"--suite: {suite!r} is not known; valid: {', '.join(SUITES)}")
-    scores = SUITES[suite](Run(run), n, seed)
-    text = json.dumps(scores, indent=1)
-    (run / f"evaluate-{suite}.json").write_text(text + "\n", encoding="utf-8")
-    if as_json:
-        print(text)
-    else:
-        Console().print(as_table(scores))
+    settings = {"steps": steps, "guidance": guidance, "solver": solver, "shift": shift}
+    run_sample(Run(run), overrides or (), prompt, prompts, n, seed, settings, out or run, step=step, heatmap=heatmap)
 
 
 @app.command()
@@ -161,25 +137,6 @@ def checkpoint_verify(
 
 
 @app.command()
-def export(
-    run: RunFolder,
-    to: Annotated[str, typer.Option(help="Form: safetensors, whole tensors in one file.")] = "safetensors",
-    weights: Annotated[str, typer.Option(help="ema (the averaged weights) or weights (the trained ones).")] = "ema",
-    out: Annotated[Path | None, typer.Option(help="File; RUN/WEIGHTS.safetensors if not given.")] = None,
-) -> None:
-    """Write the weights of a run's newest checkpoint for use elsewhere."""
-    from ecdit.analyze.checkpoints import write_safetensors
-
-    if to != "safetensors":
-        raise UserError(f"--to: {to!r} is not known; valid: safetensors")
-    if weights not in ("ema", "weights"):
-        raise UserError(f"--weights: {weights!r} is not known; valid: ema, weights")
-    file = out or run / f"{weights}.safetensors"
-    step = write_safetensors(Run(run), weights, file)
-    console.print(f"{weights} of step {step} in {file}", markup=False)
-
-
-@app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="Which benchmark: moe, kernels, checkpoint, plan, data.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
@@ -196,6 +153,7 @@ def bench(
 
 
 data_commands.register(app)
+run_commands.register(app)
 cluster_commands.register(app)
 
 

@@ -45,8 +45,8 @@ class Run:
 
 
 # what a run may change on its way; all else decides the model, or which samples and noise it meets
-HARMLESS = ("run", "checkpoint.", "log.", "sample.", "parallel.", "data.workers", "train.steps", "train.recompute")
-HARMLESS += ("train.micro_batch", "train.linears", "train.precision", "cluster.")
+HARMLESS = ("run", "checkpoint.", "log.", "sample.", "evaluation.", "parallel.", "data.workers", "cluster.")
+HARMLESS += ("train.steps", "train.micro_batch", "train.linears", "train.precision", "train.recompute")
 
 
 def check_same_model(recipe: Recipe, saved: Checkpoint) -> list[str]:
@@ -54,7 +54,7 @@ def check_same_model(recipe: Recipe, saved: Checkpoint) -> list[str]:
 
     Raises UserError with every differing key where the model is another one, or the optimizer's states are.
     """
-    ours, theirs = (_flat(r) for r in (recipe.model_dump(mode="json"), yaml.safe_load(saved.meta["recipe"])))
+    ours, theirs = (flat(r) for r in (recipe.model_dump(mode="json"), yaml.safe_load(saved.meta["recipe"])))
     differing = {key: (ours.get(key), theirs.get(key)) for key in sorted(ours.keys() | theirs.keys())}
     differing = {key: pair for key, pair in differing.items() if pair[0] != pair[1]}
     told = {key: f"{key}: {a!r} in the recipe, {b!r} in the checkpoint" for key, (a, b) in differing.items()}
@@ -67,8 +67,8 @@ def check_same_model(recipe: Recipe, saved: Checkpoint) -> list[str]:
     return [f"Goes on with another {line}." for key, line in told.items() if not key.startswith(HARMLESS)]
 
 
-def _flat(values: object, prefix: str = "") -> dict[str, object]:
+def flat(values: object, prefix: str = "") -> dict[str, object]:
     """Dotted keys of nested mappings; lists are values."""
     if not isinstance(values, dict):
         return {prefix.removesuffix("."): values}
-    return {key: value for name, part in values.items() for key, value in _flat(part, f"{prefix}{name}.").items()}
+    return {key: value for name, part in values.items() for key, value in flat(part, f"{prefix}{name}.").items()}

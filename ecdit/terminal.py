@@ -15,6 +15,7 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, su
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys to change.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/quickstart.")]
 RunsFolder = Annotated[Path, typer.Option("--runs", help="Folder that holds the run folders.")]
+Step = Annotated[int | None, typer.Option(min=0, help="Of the checkpoint; the newest if not given.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
 

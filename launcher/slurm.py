@@ -114,9 +114,9 @@ class Job:
         )
 
 
-def submit(file: Path, *arguments: str) -> str:
+def submit(file: Path, *arguments: str, environment: dict[str, str] | None = None) -> str:
     """The number of the submitted job. Raises UserError with what sbatch says."""
-    return _call("sbatch", "--parsable", *arguments, str(file)).split(";")[0].strip()
+    return _call("sbatch", "--parsable", *arguments, str(file), environment=environment).split(";")[0].strip()
 
 
 def state(number: str) -> str:
@@ -161,9 +161,9 @@ def requeue(number: str, *, delay_seconds: int, exclude: list[str]) -> None:
         _call("scontrol", "update", f"JobId={number}", *changes)
 
 
-def _call(*command: str) -> str:
+def _call(*command: str, environment: dict[str, str] | None = None) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     except FileNotFoundError:
         raise UserError(f"{command[0]}: not found; this machine has no SLURM") from None
     except subprocess.TimeoutExpired:

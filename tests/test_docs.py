@@ -3,10 +3,13 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 import yaml
@@ -14,16 +17,21 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from benchmarks import BENCHMARKS
+from ecdit import load_recipe
 from ecdit.recipe import Recipe
+from tests.command import ecdit
 from tests.photographs import make_tar
+from tests.ranks import free_port
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 KEYS = ROOT / "docs/recipes.md"
+# diffusers imports a torchvision that it finds, also one that was built for another torch
+GUARD = "from ecdit.data.torchvision_guard import hide_broken_torchvision; hide_broken_torchvision()"
 QUICK = {  # the quickstart's recipe as the commands meet it here: same keys, little work
     "model": {"layers": 2, "width": 32, "text_width": 16},
     "train": {"steps": 6},
-    "checkpoint": {"every": 3},
+    "checkpoint": {"every": 4},
     "sample": {"steps": 2},
 }
 
@@ -56,7 +64,24 @@ def run(arguments, folder):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{shlex.join(map(str, arguments))}\n{done.stderr}"
-    return done
+
+
+def serve(arguments, folder):
+    """Until the page answers; then Ctrl-C, which ends it well."""
+    port = free_port()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "ecdit.cli", *arguments, "--port", str(port)]
+    with subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True) as server:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                assert urlopen(f"http://127.0.0.1:{port}", timeout=10).status == 200
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < deadline, server.stderr.read()
+                time.sleep(0.2)
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 0, server.stderr.read()
 
 
 def test_every_command_runs(place):
@@ -72,13 +97,26 @@ def test_every_command_runs(place):
             run([sys.executable, "-m", "torch.distributed.run", *arguments], place)
         elif arguments[0] == "bench":
             assert arguments[1] in BENCHMARKS
+        elif arguments[0] == "serve":
+            serve(arguments, place)
         else:
             assert program == "ecdit", line
-            run([sys.executable, "-m", "ecdit.cli", *arguments], place)
+            done = ecdit(*arguments, cwd=place)
+            assert done.returncode == 0, f"{line}\n{done.stderr}"
     assert seen > 8
     for _, block in blocks("python"):
-        run([sys.executable, "-c", block], place)
+        run([sys.executable, "-c", f"{GUARD}\n{block}"], place)
     assert (place / "runs/quickstart/heatmap.png").exists()
+
+
+def test_parts_of_recipes_are_valid(tmp_path):
+    for page, block in blocks("yaml"):
+        values = yaml.safe_load(block)
+        if not values.keys() & Recipe.model_fields.keys():
+            continue  # a file of another kind
+        values["extends"] = str(ROOT / "recipes" / values.get("extends", "m_64e.yaml"))
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+        assert load_recipe(tmp_path / "recipe.yaml"), page
 
 
 def test_links_lead_somewhere():

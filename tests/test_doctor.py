@@ -17,14 +17,15 @@ from ecdit import UserError, load_recipe
 from launcher import doctor
 from launcher.doctor import ask, cluster, gpus, machine, needs, packages
 from launcher.doctor.finding import BROKEN, MISSING, OK, WARNING, Finding
-from tests.test_train import FAILED, ROOT, complaint, ecdit
+from tests.command import ecdit
+from tests.test_train import FAILED, ROOT, complaint
 
 QUICKSTART = ROOT / "recipes/quickstart.yaml"
 EVERYWHERE = {
     "Python", "torch", "megatron-core", "mosaicml-streaming", "GPU driver", "GPUs", "GPU product", "NCCL",
     "transformer-engine", "FP8", "apex", "torchvision", "triton", "transformers", "diffusers", "deepspeed", "wandb",
-    "scipy", "SLURM", "SLURM job", "pyxis", "InfiniBand", "shared memory", "open files", "locked memory", "processes",
-    "disk here", "host",
+    "requests", "SLURM", "SLURM job", "pyxis", "InfiniBand", "shared memory", "open files", "locked memory",
+    "processes", "disk here", "host",
 }  # fmt: skip
 CPU_BUILD, CUDA_BUILD = {"version": "2.13.0+cpu", "cuda": None}, {"version": "2.11.0+cu130", "cuda": "13.0"}
 H200 = "580.95.05, NVIDIA H200, 143771, 0, Disabled, 0, [N/A]"

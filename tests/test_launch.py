@@ -22,8 +22,9 @@ from launcher.plan.search import nearest
 from launcher.supervise import judge
 from parallel.job import JobError, adopt_slurm, expand_tasks, under_srun
 from parallel.watchdog import Watchdog
+from tests.command import ecdit
 from tests.ranks import free_port
-from tests.test_train import TINY, complaint, ecdit
+from tests.test_train import TINY, complaint
 
 ROOT = Path(__file__).parents[1]
 RECIPES = [path for path in sorted((ROOT / "recipes").glob("*.yaml")) if path.name != "base.yaml"]

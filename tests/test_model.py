@@ -81,11 +81,12 @@ def test_moe_layer_matches_the_oracle_in_float64(routing, seed, tie, experts):
             moe.router.weight.copy_(torch.randint(-1, 2, (8, experts), generator=generator))
     x = torch.randint(-1, 2, (2, 16, 8), generator=generator).double().requires_grad_()
     out, plan = moe(x, 16)
-    weights = [moe.router.weight, moe.experts.w1, moe.experts.w2]
+    weights = [moe.router.weight, moe.experts.up, moe.experts.down]
+    as_the_paper_has_them = (moe.router.weight, moe.experts.up.mT, moe.experts.down.mT)
     if routing == "expert_choice":
-        expected, aux = reference.expert_choice_moe(x, *weights, 2.0), torch.zeros(())
+        expected, aux = reference.expert_choice_moe(x, *as_the_paper_has_them, 2.0), torch.zeros(())
     else:
-        expected, aux = reference.token_choice_moe(x, *weights, 2.0)
+        expected, aux = reference.token_choice_moe(x, *as_the_paper_has_them, 2.0)
         torch.testing.assert_close(plan.aux, aux)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
     ours = torch.autograd.grad(out.sin().sum(), [x, *weights])
@@ -97,11 +98,11 @@ def test_moe_layer_matches_the_oracle_in_float64(routing, seed, tie, experts):
 @pytest.mark.parametrize("rows", [1, 7, 600, 2000])
 def test_chunked_and_batched_experts_agree(rows):
     g = torch.Generator().manual_seed(rows)
-    x, w1, w2 = (torch.randn(*s, generator=g) / 4 for s in ((5, rows, 8), (5, 8, 32), (5, 32, 8)))
-    x, w1, w2 = (p.requires_grad_() for p in (x, w1, w2))
-    one, other = ChunkedFfn.apply(x, w1, w2), batched_ffn(x, w1, w2)
+    x, up, down = (torch.randn(*s, generator=g) / 4 for s in ((5, rows, 8), (5, 32, 8), (5, 8, 32)))
+    x, up, down = (p.requires_grad_() for p in (x, up, down))
+    one, other = ChunkedFfn.apply(x, up, down), batched_ffn(x, up, down)
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    for a, b in zip(*(torch.autograd.grad(y.sin().sum(), (x, w1, w2)) for y in (one, other)), strict=True):
+    for a, b in zip(*(torch.autograd.grad(y.sin().sum(), (x, up, down)) for y in (one, other)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -184,6 +185,6 @@ def test_experts_under_bf16_match_the_oracle_on_the_same_routing():
     moe = moe.bfloat16()
     x = torch.randn(1, 64, 16).bfloat16()
     out, _ = moe(x, 64)
-    wide = [w.detach().float() for w in (moe.router.weight, moe.experts.w1, moe.experts.w2)]
+    wide = [w.detach().float() for w in (moe.router.weight, moe.experts.up.mT, moe.experts.down.mT)]
     expected = reference.expert_choice_moe(x.float(), *wide, 2.0)
     assert (out.float() - expected).norm() <= 0.02 * expected.norm()

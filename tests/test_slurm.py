@@ -4,12 +4,13 @@ What is tested is what a user types. Where no SLURM can be started, all of it is
 """
 
 import json
+import time
 
 import pytest
 from PIL import Image
 
 from ecdit.callbacks.metrics import read_metrics
-from tests.slurm_lab import Lab, why_not
+from tests.slurm_lab import SECONDS, Lab, why_not
 from tests.test_train import TINY
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -134,6 +135,23 @@ def test_a_scaling_study_fills_its_table_and_plot(lab):
     with Image.open(folder / "scaling.png") as picture:
         assert picture.width > 500
     assert "strong scaling, measured (planned for h100)" in told
+
+
+def test_checkpoints_are_evaluated_by_jobs_of_their_own(lab):
+    keys = ["checkpoint.every=4", "evaluation.every=4", "evaluation.where=job", "evaluation.suites=[shapes]"]
+    keys += ["evaluation.options={n: 1}", "sample.steps=1", "cluster.preflight=false"]
+    lab("ecdit", "launch", "recipes/quickstart.yaml", "--nodes", "1", "run=judged", *SMALL, *keys)
+    assert lab.end("judged")["state"] == "finished", lab.log("judged")
+    run = lab.folder / "runs/judged"
+    files = [run / f"evaluate-shapes-step-{step}.json" for step in (4, 8)]
+    deadline = time.monotonic() + SECONDS
+    while not all(file.exists() for file in files):
+        said = [file.read_text() for file in run.glob("logs/evaluate-*.log")]
+        assert time.monotonic() < deadline, f"{lab.log('judged')}\n{said}"
+        time.sleep(0.2)
+    jobs = [(run / f"evaluate/step-{step}/job.slurm").read_text() for step in (4, 8)]
+    assert all("#SBATCH --nodes=1" in job for job in jobs)
+    assert "The evaluation of step 8 goes on by itself" in lab.log("judged")
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ OPTIONAL = (
     Package("diffusers", ">=0.35", "encoders", "no AutoencoderKL; data.autoencoder: pixels alone"),
     Package("deepspeed", ">=0.19", "deepspeed", "nothing in this version, whose one engine is megatron"),
     Package("wandb", ">=0.18", "wandb", "no log.wandb; metrics.jsonl and TensorBoard are written without it"),
-    Package("scipy", ">=1.13", "eval", "nothing in this version but tests"),
+    Package("requests", ">=2.32", "eval", "no server that answers for ecdit evaluate --suite dsg"),
 )
 
 
