@@ -298,7 +298,7 @@ def options(judges, **changed):
 @pytest.mark.parametrize(
     ("suite", "changed", "told"),
     [
-        ("fod", {}, "--suite: 'fod' is not known; valid: shapes, fid, clip, geneval, dsg, parti"),
+        ("fod", {}, "--suite: 'fod' is not known; valid: samples, shapes, fid, clip, geneval, dsg, parti"),
         ("shapes", {}, "judges pictures of 32x32; data.resolution of this run is 8"),
         ("fid", {"reference": None}, "--suite fid: needs --reference: the folder of the real pictures"),
         ("fid", {"prompts": "nowhere.txt"}, "nowhere.txt: cannot read this prompts file: No such file"),

@@ -146,7 +146,7 @@ def cases(draw):
     chunks = draw(st.sampled_from([n for n in (1, 2) if here % n == 0]))
     return Case(
         layout, 4, routing, draw(st.booleans()), draw(st.sampled_from([1, 2, 4])), chunks,
-        draw(st.sampled_from(["none", "moe", "block"])), 16, model=tuple(sorted(model.items())),
+        draw(st.sampled_from(["none", "moe", "block"])), batch=16, model=tuple(sorted(model.items())),
     )  # fmt: skip
 
 
