@@ -14,6 +14,7 @@ from ecdit.pictures import read_text, save_picture, slug
 from ecdit.prompts import Request
 from ecdit.recipe import SampleRecipe
 from ecdit.sampling import Sampler
+from ecdit.sampling_job import precision_of
 from ecdit.terminal import console
 from parallel.topology import Topology
 
@@ -46,7 +47,7 @@ def draw_all(
     Raises OSError where the folder cannot be written.
     """
     texts = {
-        path_of(request, folder): text_of(request, settings, checkpoint, sampler.recipe.train.precision)
+        path_of(request, folder): text_of(request, settings, checkpoint, precision_of(sampler.recipe))
         for request in requests
     }
     wanted = {path_of(request, folder): request for request in requests}

@@ -24,6 +24,10 @@ from parallel.parameters import named_parameters
 from parallel.topology import Topology
 
 FREE = ("parallel.", "sample.", "train.precision", "train.linears")  # what sampling may change of a run's recipe
+# what is of the training or its hardware alone: a run of GPUs with all of these can be drawn from on a laptop
+PLAIN = [
+    "precision.fp8=none", "train.graph=false", "train.compile=false", "train.linears=torch", "train.recompute=none",
+]  # fmt: skip
 
 
 class Source(NamedTuple):
@@ -37,8 +41,8 @@ class Source(NamedTuple):
 
 
 def sampling_recipe(run: Run, overrides: Sequence[str]) -> Recipe:
-    """The run's recipe with every rank alone, and `key=value` overrides. Raises UserError for a key that is not free:
-    the others decide the model."""
+    """The run's recipe without what only its training needed, every rank alone, and `key=value` overrides. Raises
+    UserError for a key that is not free: the others decide the model."""
     return change_for_sampling(run.recipe(), overrides, str(run.recipe_file))
 
 
@@ -50,7 +54,15 @@ def change_for_sampling(recipe: Recipe, overrides: Sequence[str], source: str) -
                 f"{override!r}: this key belongs to the run, whose weights are drawn from; "
                 f"valid here: {', '.join(f'{key}*' if key.endswith('.') else key for key in FREE)}"
             )
-    return change_recipe(recipe.model_copy(update={"parallel": ParallelRecipe()}), overrides, source)
+    alone = recipe.model_copy(update={"parallel": ParallelRecipe()})
+    # a micro-batch is of training, but the rules hold it against the layout: the whole batch divides by what it did
+    return change_recipe(alone, [*PLAIN, f"train.micro_batch={recipe.train.batch}", *overrides], source)
+
+
+def precision_of(recipe: Recipe) -> str:
+    """How numbers are rounded in drawing, as pictures and scores say it."""
+    linears = recipe.train.linears
+    return recipe.train.precision if linears == "torch" else f"{recipe.train.precision}, {linears}"
 
 
 @contextmanager

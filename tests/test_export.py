@@ -1,6 +1,7 @@
 """`ecdit export`: bit for bit, and a diffusers folder that draws the same pictures without this package."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from ecdit.data.torchvision_guard import hide_broken_torchvision
 from ecdit.diffusion.draws import seed_noise
 from ecdit.export import weights
 from ecdit.export.diffusers_folder import write_pipeline
+from ecdit.export.weights import checkpoint_of, write_file
 from ecdit.run import Run
 from ecdit.sampling import Sampler
 from tests.tiny_encoders import make_autoencoder, make_text_encoder
@@ -132,6 +134,21 @@ def test_one_file_holds_the_checkpoint_bit_for_bit(runs, kind, tmp_path):
     assert done.exit_code == 0, done.output
     rounded = load_file(tmp_path / "b.safetensors")
     assert all(torch.equal(rounded[name], saved[name].bfloat16()) for name in saved)
+
+
+def test_others_may_read_what_the_umask_lets_them(runs, tmp_path):
+    """Libraries write weights through temporary files, which are private."""
+    before = os.umask(0o027)
+    try:
+        write_file(checkpoint_of(Run(runs / "encoders")), "ema", "fp32", tmp_path / "w.safetensors")
+        write_pipeline(Run(runs / "encoders"), "ema", "fp32", tmp_path / "pipe")
+        assert os.umask(0o027) == 0o027  # is left as it was
+    finally:
+        os.umask(before)
+    paths = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(path.suffix == ".safetensors" for path in paths) == 4  # the file, the model and two encoders
+    assert {path.stat().st_mode & 0o777 for path in paths} == {0o640}
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_dir()} == {0o750}
 
 
 def test_an_earlier_export_is_replaced_and_nothing_else_is(runs, tmp_path):

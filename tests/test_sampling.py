@@ -11,10 +11,11 @@ from ecdit.drawing import path_of, share, text_of
 from ecdit.errors import UserError
 from ecdit.pictures import read_pixels, read_text, slug
 from ecdit.prompts import Request, read_prompts, repeat
+from ecdit.recipe_io import change_recipe
 from ecdit.run import Run
 from ecdit.sample_command import sample
 from ecdit.sampling import Sampler
-from ecdit.sampling_job import open_sampler, sampling_recipe
+from ecdit.sampling_job import open_sampler, precision_of, sampling_recipe
 from parallel import topology
 from tests.command import ecdit
 from tests.ranks import run_on_ranks
@@ -98,6 +99,38 @@ def test_a_prompt_file_is_drawn_by_ranks_once(run, tmp_path):
     newer = ecdit(*command[2:])
     assert newer.returncode == 0 and "there already" not in newer.stderr, newer.stderr
     assert read_text(damaged)["checkpoint"].startswith("step 4, ")
+
+
+ON_GPUS = {
+    "fp8": ["train.precision=bf16", "precision.fp8=block", "train.linears=transformer_engine", "train.recompute=block"],
+    "graph": ["train.graph=true", "train.compile=true", "train.micro_batch=1", "parallel.dispatch_chunks=2"],
+}
+
+
+@pytest.mark.parametrize("trained", ON_GPUS)
+def test_a_run_of_gpus_is_drawn_from_anywhere(tmp_path, trained):
+    """What is of the training or its hardware alone is left out; the rest of the run's recipe stays."""
+    run = random_run(tmp_path / "run")
+    plain = run.recipe()
+    expected = Sampler.from_run(run, torch.device("cpu")).draw(["a star"], [0], plain.sample).images[0]
+    run.write_recipe(change_recipe(plain, ["model.group_tokens=16", *ON_GPUS[trained]], "test"))
+    words = ["parallel.tensor=2", "train.precision=fp32"]  # a layout that its micro-batch of one image would forbid
+    drawn = sampling_recipe(run, words)
+    assert (drawn.model.layers, drawn.sample, drawn.data) == (plain.model.layers, plain.sample, plain.data)
+    assert (drawn.precision.fp8, drawn.train.linears, drawn.train.graph) == ("none", "torch", False)
+    done = ecdit("sample", run.folder, "train.precision=fp32", "--prompt", "a star", "-n", "1")
+    assert done.returncode == 0, done.stderr
+    picture = run.samples / "a-star-0.png"
+    assert torch.equal(read_pixels(picture), expected) and read_text(picture)["precision"] == "fp32"
+    sampler = Sampler.from_run(run, torch.device("cpu"))  # what analyze and serve draw with, in the run's own type
+    assert sampler.draw(["a star"], [0], plain.sample).images.float().std() > 10
+
+
+def test_pictures_of_other_linears_are_others(run):
+    recipe = sampling_recipe(run, ("train.linears=transformer_engine", "train.precision=bf16"))
+    assert precision_of(recipe) == "bf16, transformer_engine"
+    with pytest.raises(UserError, match=r"this key belongs to the run, .*valid here: parallel\.\*"):
+        sampling_recipe(run, ("precision.fp8=block",))
 
 
 @pytest.mark.parametrize("key", ["steps=9", "solver=heun", "guidance=1.5", "shift=2.0", "batch=2"])

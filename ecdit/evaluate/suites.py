@@ -20,7 +20,7 @@ from ecdit.evaluate.shapes import ShapesSuite
 from ecdit.evaluate.suite import Options, Row, Suite
 from ecdit.pictures import digest
 from ecdit.run import Run
-from ecdit.sampling_job import joined, open_sampler, sampling_recipe
+from ecdit.sampling_job import joined, open_sampler, precision_of, sampling_recipe
 
 SUITES: dict[str, type[Suite]] = {
     "samples": SamplesSuite,
@@ -70,7 +70,7 @@ def evaluate(
         del sampler  # the judges need its memory
     if not first:
         return {}
-    drawn = {"step": source.step, "checkpoint": str(source), "precision": recipe.train.precision}
+    drawn = {"step": source.step, "checkpoint": str(source), "precision": precision_of(recipe)}
     drawn |= {"settings": settings.model_dump(), "seed": options.seed}
     return {
         name: _judge(name, suite, pictures[name], drawn, scores_file(run, name, step), options.folder)

@@ -9,7 +9,7 @@ import torch
 
 from ecdit.data.encoders import load_checked_autoencoder, load_text_encoder
 from ecdit.errors import UserError
-from ecdit.export.weights import checkpoint_of, write_shards
+from ecdit.export.weights import checkpoint_of, follow_umask, write_shards
 from ecdit.recipe import ModelRecipe, Recipe
 from ecdit.run import Run
 
@@ -42,6 +42,8 @@ def write_pipeline(run: Run, kind: str, dtype: str, folder: Path) -> int:
     shutil.copy(HERE / f"{PIPELINE}.py", aside)
     _json(aside / INDEX, _index(recipe, aside))
     (aside / "recipe.yaml").write_text(saved.meta["recipe"], encoding="utf-8")
+    for file in filter(Path.is_file, aside.rglob("*")):  # the encoders' libraries wrote some of them
+        follow_umask(file)
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
     return saved.step

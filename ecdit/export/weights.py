@@ -1,6 +1,7 @@
 """Whole tensors of a checkpoint as safetensors: in one file, or in several of which one at a time is in memory."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -60,6 +61,15 @@ def write_shards(saved: Checkpoint, kind: str, dtype: str, folder: Path, stem: s
 def _save(saved: Checkpoint, kind: str, names: list[str], dtype: str, file: Path, facts: dict[str, str]) -> None:
     tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in saved.kind(kind, names).items()}
     save_file(tensors, file, metadata=facts)
+    follow_umask(file)
+
+
+def follow_umask(file: Path) -> None:
+    """Lets others read a file that a library has made private, as the user's umask has it for any other file:
+    safetensors writes through a temporary one, which nobody else may open."""
+    mask = os.umask(0o077)  # the only way to ask is to set it
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
 
 
 def _facts(saved: Checkpoint) -> dict[str, str]:

@@ -13,6 +13,7 @@ from ecdit.data.encoded import Encoded, EncodedPictures, EncodedText, empty_as_t
 from ecdit.data.encoders import load_autoencoder, load_text_encoder
 from ecdit.data.prepare.part import Ready
 from ecdit.data.prepare.settings import Settings
+from ecdit.data.pretrained import of_posterior
 from parallel.philox import key_of, normal
 
 
@@ -61,7 +62,7 @@ class Encoders:
         else:
             counters = torch.tensor([_number(ready.key) for ready in good], device=self._device)
             noise = normal(key_of(self._settings.seed, "posterior"), counters, mean[0].numel())
-            named = {"latent": mean + torch.exp(0.5 * logvar) * noise.view_as(mean)}
+            named = {"latent": of_posterior(mean, logvar, noise.view_as(mean))}
         for name, values in named.items():
             for column, value in zip(columns, values.half().cpu().numpy(), strict=True):
                 column[name] = value
