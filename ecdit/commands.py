@@ -8,7 +8,7 @@ import typer
 from ecdit.errors import UserError
 from ecdit.evaluate.command import evaluate
 from ecdit.run import Run
-from ecdit.terminal import RunFolder, console
+from ecdit.terminal import RunFolder, check_file, check_folder, console
 
 
 def register(app: typer.Typer) -> None:
@@ -53,6 +53,7 @@ def report(
     """Compare runs on one HTML page: losses, scores, samples, experts, throughput."""
     from ecdit.report.page import write_report
 
+    check_file(out)
     write_report(runs, out)
     console.print(f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} in {out}", markup=False)
 
@@ -79,10 +80,13 @@ def export(
         from ecdit.export.diffusers_folder import write_pipeline
 
         place = out or run / "diffusers"
+        if out is not None:
+            check_folder(out.parent)
         step = write_pipeline(Run(run), weights, dtype, place)
     else:
         place = out or run / f"{weights}.safetensors"
         saved = checkpoint_of(Run(run))
+        check_file(place)
         write_file(saved, weights, dtype, place)
         step = saved.step
     console.print(f"{weights} of step {step} in {place}", markup=False)

@@ -6,7 +6,7 @@ a data set or a device, so that a run that starts has no mistake of this kind le
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PlainValidator, model_validator
+from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 
 from ecdit.model.sizes import SIZES
 from ecdit.recipe_data import DataRecipe
@@ -27,6 +27,10 @@ def _ratio(value):
         raise ValueError("the steps are whole numbers and begin with 0")
     if list(steps) != sorted(set(steps)):
         raise ValueError("the steps ascend")
+    return value
+
+
+def _as_it_is(value):
     return value
 
 
@@ -167,7 +171,7 @@ class DiffusionRecipe(Section):
 class MaskingRecipe(Section):
     """Masked training: only some tokens of an image enter the backbone, and the loss is over those."""
 
-    ratio: Annotated[float | list[list[float]], PlainValidator(_ratio)] = Field(
+    ratio: Annotated[float | list[list[float]], PlainValidator(_ratio), PlainSerializer(_as_it_is)] = Field(
         0.5, description="Share of tokens left out; or [[0, 0.5], [700000, 0.0]]: a ratio from each step on."
     )
     mae: Annotated[float, Field(ge=0)] = Field(

@@ -77,7 +77,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         where = f", which {chain[-1]} extends" if chain else ""
-        raise UserError(f"{path}: cannot read this recipe{where}: {error.strerror}") from None
+        raise UserError(f"{path}: cannot read this recipe{where}: {error.strerror}{_recipes_near(path)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -88,6 +88,21 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(base, str):
         raise UserError(f"{path}: extends: {base!r} is no file name")
     return _merge(_read(path.parent / base, (*chain, path.resolve())), values)
+
+
+def _recipes_near(path: Path) -> str:
+    """What may have been meant: the recipe of a run's folder, or files with nearly this name."""
+    if path.is_dir():
+        return f"; valid: a file, such as {_example(path)}"
+    names = [file.name for file in sorted(path.parent.glob("*.yaml"))]
+    near = difflib.get_close_matches(path.name, names, n=3) or difflib.get_close_matches(
+        f"{path.name}.yaml", names, n=3
+    )
+    return f"; did you mean {' or '.join(str(path.parent / name) for name in near)}?" if near else ""
+
+
+def _example(folder: Path) -> Path:
+    return next(iter(sorted(folder.glob("*.yaml"))), Path("recipes/quickstart.yaml"))
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from ecdit.recipe_io import dump_recipe, load_recipe
 from parallel.checkpoint import folder as checkpoints
 from parallel.checkpoint.folder import Checkpoint
 
+MOST_NAMED = 8  # runs, where a folder is none
+
 
 class Run:
     """`runs/NAME/`."""
@@ -29,8 +31,16 @@ class Run:
     def recipe(self) -> Recipe:
         """The recipe that the run was last started with. Raises UserError where the folder is no run."""
         if not self.recipe_file.exists():
-            raise UserError(f"{self.folder}: no run here: {self.recipe_file.name} is missing; `ecdit train` makes one")
+            raise UserError(f"{self.folder}: no run here: {self._why_none()}")
         return load_recipe(self.recipe_file)
+
+    def _why_none(self) -> str:
+        """With the runs that are near, where there are any."""
+        is_folder = self.folder.is_dir()
+        why = f"{self.recipe_file.name} is missing" if is_folder else "there is no such folder"
+        near = [*self.folder.glob(f"*/{self.recipe_file.name}"), *self.folder.parent.glob(f"*/{self.recipe_file.name}")]
+        runs = sorted(str(file.parent) for file in near)[:MOST_NAMED]
+        return f"{why}; valid: {', '.join(runs)}" if runs else f"{why}; `ecdit train` makes one"
 
     def write_recipe(self, recipe: Recipe) -> None:
         """Writes the resolved recipe, whole or not at all."""

@@ -14,7 +14,7 @@ from ecdit.recipe import Recipe, SampleRecipe
 from ecdit.run import Run
 from ecdit.sampling import Sampler, sample_settings
 from ecdit.sampling_job import joined, open_sampler, sampling_recipe
-from ecdit.terminal import console
+from ecdit.terminal import check_folder, console
 
 GRID_ROWS = 50  # more would make a picture that nothing shows
 
@@ -50,6 +50,7 @@ def sample(
     requests = requests_of(recipe, prompts, file, n, seed)
     if heatmap:
         _check_heatmap(recipe)
+    check_folder(out / "samples")
     with joined(recipe, run) as place:
         sampler, source = open_sampler(run, recipe, place, step)
         if place.first:

@@ -37,9 +37,16 @@ def serve(folder: Path, host: str, port: int) -> None:
     try:
         app.launch(server_name=host, server_port=port, **looks(gradio))
     except OSError as error:
-        raise UserError(f"--port: {port} on {host} cannot be served: {error}") from None
+        raise UserError(
+            f"--port: {port} on {host} cannot be served: {_why(error)}; try another --port, or --host 127.0.0.1"
+        ) from None
     except KeyboardInterrupt:  # gradio minds it once the page is served; it may come a moment before
         app.close()
+
+
+def _why(error: OSError) -> str:
+    """Gradio says no more than that it found no port."""
+    return error.strerror or "another program has the port, or the address is not of this machine"
 
 
 def looks(gradio: Any) -> dict[str, Any]:

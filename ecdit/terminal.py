@@ -19,6 +19,21 @@ Step = Annotated[int | None, typer.Option(min=0, help="Of the checkpoint; the ne
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
 
+def check_file(out: Path) -> None:
+    """Makes the folder of a file that is to be written. Raises UserError where there can be no such file."""
+    if out.is_dir():
+        raise UserError(f"--out: {out}: is a folder; valid: the name of a file, such as {out}/NAME")
+    check_folder(out.parent)
+
+
+def check_folder(out: Path) -> None:
+    """Makes a folder that is to be written into. Raises UserError where there can be none."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"--out: {out}: a file is in the way; valid: a folder, or a name that is free") from None
+
+
 def join_job() -> None:
     """Takes this process's place in the job of srun, where that started it. Raises UserError where it cannot."""
     try:

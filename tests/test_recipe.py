@@ -1,5 +1,6 @@
 """Recipes: every resolved one is golden, and every mistake is answered with its key and what would be valid."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,9 @@ def test_overrides_take_yaml_and_reach_into_lists():
     assert recipe.optimizer.lr == 1e-3
     assert recipe.data.streams[0].path == "elsewhere"
     assert recipe.masking.schedule == [(0, 0.5), (9, 0.0)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # pydantic warns of values that it did not expect
+        assert yaml.safe_load(dump_recipe(recipe))["masking"]["ratio"] == [[0, 0.5], [9, 0.0]]
 
 
 @pytest.mark.parametrize(
@@ -164,3 +168,14 @@ def test_files_that_cannot_be_read_are_named(tmp_path, text, expected):
     with pytest.raises(UserError, match=expected) as error:
         load_recipe(tmp_path / "bad.yaml")
     assert "bad.yaml" in str(error.value)
+
+
+def test_recipes_near_a_wrong_path_are_told(tmp_path):
+    for path, told in (
+        (ROOT / "recipes/quickstrat", f"did you mean {QUICKSTART}?"),
+        (ROOT / "recipes", f"valid: a file, such as {ROOT}/recipes/3xl_16e.yaml"),
+        (tmp_path, "valid: a file, such as recipes/quickstart.yaml"),
+    ):
+        with pytest.raises(UserError) as error:
+            load_recipe(path)
+        assert str(error.value).endswith(told)

@@ -162,3 +162,20 @@ def test_losses_of_another_task_are_called_so(compared, tmp_path):
     other = make(tmp_path / "other", "diffusion.text_drop=0.2")
     write_report([compared[0], other], tmp_path / "report.html")
     assert "the runs differ in diffusion.text_drop" in (tmp_path / "report.html").read_text()
+
+
+def test_a_page_that_cannot_be_written_is_named(tmp_path):
+    run = str(make(tmp_path / "a"))
+    assert CliRunner().invoke(app, ["report", run, "--out", str(tmp_path / "new/folder/r.html")]).exit_code == 0
+    assert (tmp_path / "new/folder/r.html").exists()
+    for out, told in ((tmp_path / "a", "is a folder"), (tmp_path / "a/recipe.yaml/r.html", "a file is in the way")):
+        error = CliRunner().invoke(app, ["report", run, "--out", str(out)]).exception
+        assert isinstance(error, UserError) and told in str(error)
+
+
+def test_runs_beside_a_wrong_path_are_told(tmp_path):
+    run = make(tmp_path / "quickstart")
+    for path, why in ((tmp_path, "recipe.yaml is missing"), (tmp_path / "quickstrat", "there is no such folder")):
+        with pytest.raises(UserError) as error:
+            read_runs([path])
+        assert str(error.value) == f"{path}: no run here: {why}; valid: {run}"
