@@ -95,9 +95,7 @@ def _recipes_near(path: Path) -> str:
     if path.is_dir():
         return f"; valid: a file, such as {_example(path)}"
     names = [file.name for file in sorted(path.parent.glob("*.yaml"))]
-    near = difflib.get_close_matches(path.name, names, n=3) or difflib.get_close_matches(
-        f"{path.name}.yaml", names, n=3
-    )
+    near = difflib.get_close_matches(path.with_suffix(".yaml").name, names, n=3)
     return f"; did you mean {' or '.join(str(path.parent / name) for name in near)}?" if near else ""
 
 

@@ -4,6 +4,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ecdit import UserError, load_recipe
 from ecdit.model.sizes import SIZES, table_rows
