@@ -174,8 +174,9 @@ def test_a_page_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_runs_beside_a_wrong_path_are_told(tmp_path):
-    run = make(tmp_path / "quickstart")
-    for path, why in ((tmp_path, "recipe.yaml is missing"), (tmp_path / "quickstrat", "there is no such folder")):
+    runs = tmp_path / "alone/runs"
+    run = make(runs / "quickstart")
+    for path, why in ((runs, "recipe.yaml is missing"), (runs / "quickstrat", "there is no such folder")):
         with pytest.raises(UserError) as error:
             read_runs([path])
         assert str(error.value) == f"{path}: no run here: {why}; valid: {run}"
