@@ -3,7 +3,7 @@
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -16,12 +16,19 @@ from ecdit.recipe import Recipe
 
 @dataclass
 class Row:
-    """One timing. `ratio` is milliseconds over those of the row named `against`."""
+    """One timing. `ratio` is milliseconds over those of the row named `against`.
+
+    spread: milliseconds of the fastest and the slowest tenth. failed: why there is no timing. about: other figures of
+    it by what they are, with units.
+    """
 
     name: str
-    milliseconds: float
+    milliseconds: float | None
     against: str | None = None
     ratio: float | None = None
+    spread: tuple[float, float] | None = None
+    failed: str | None = None
+    about: dict[str, float | str] = field(default_factory=dict)
 
 
 def compare(functions: dict[str, Callable[[], Any]], against: dict[str, str], rounds: int) -> list[Row]:
@@ -41,7 +48,7 @@ def in_turn(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, l
         function()
     for _ in range(rounds):
         for name, function in functions.items():
-            times[name].append(_milliseconds(function))
+            times[name].append(milliseconds(function))
     return times
 
 
@@ -59,6 +66,11 @@ def random_batch(recipe: Recipe, images: int, device: torch.device) -> MicroBatc
     return MicroBatch(latents, text, mask, draw(recipe, 0, torch.arange(images, device=device)))
 
 
+def device_here() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     cuda = torch.cuda.is_available()
@@ -69,7 +81,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _milliseconds(function: Callable[[], Any]) -> float:
+def milliseconds(function: Callable[[], Any]) -> float:
+    """Of one call, until the device has done it."""
     _synchronize()
     began = time.perf_counter()
     function()
