@@ -39,7 +39,7 @@ class Variant:
     """One way to do the thing. `ready` builds it, yields a step of it, and takes it down.
 
     against: name of the variant that its ratio is to. flops: operations of a step, and moved: bytes read and written,
-    at least. images: that a step works on. warm_up: calls that are not timed. about: what else is to be told of it.
+    at least. images: that a step works on. warm_up: calls that are not timed, before one more that is not. about: what else is to be told of it.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Variant:
     flops: float = 0.0
     moved: float = 0.0
     images: int = 0
-    warm_up: int = 3
+    warm_up: int = 3 if torch.cuda.is_available() else 0
     about: dict[str, float | str] = field(default_factory=dict)
 
 
@@ -167,8 +167,9 @@ def _attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:
     try:
         return function(), None
     except Exception as error:  # libraries' errors are of many kinds; a variant's failure is a finding
-        lines = str(error).strip().splitlines()
-        return None, f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        if isinstance(error, UserError):
+            return None, " ".join(str(error).split())
+        return None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _clean() -> None:
@@ -280,9 +281,7 @@ def _rates(variant: Variant, taken: float, best: dict[str, float], work: dict[st
 # ---------------------------------------------------------------------------------------------------------- profile
 
 
-def _write_trace(
-    running: dict[str, tuple[Step, ExitStack]], name: str, failed: dict[str, str], trace: Path
-) -> None:
+def _write_trace(running: dict[str, tuple[Step, ExitStack]], name: str, failed: dict[str, str], trace: Path) -> None:
     """A Chrome trace of a few steps of the variant: open it at chrome://tracing or ui.perfetto.dev."""
     if name not in running:
         _say(f"--profile: {name} failed ({failed[name]}); there is no trace")

@@ -57,6 +57,31 @@ def median_ratio(ours: list[float], theirs: list[float]) -> float:
     return median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
+def captured(call: Callable[[], Any], calls: int) -> Callable[[], Any]:
+    """So many calls of it: on a GPU as one CUDA graph, so that the host does not count, on the current stream or on one
+    of its own where that is the default one."""
+    if not torch.cuda.is_available():
+
+        def several() -> None:
+            for _ in range(calls):
+                call()
+
+        return several
+    stream = torch.cuda.current_stream()
+    if stream == torch.cuda.default_stream():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(calls):
+                call()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph.replay
+
+
 def random_batch(recipe: Recipe, images: int, device: torch.device) -> MicroBatch:
     """A micro-batch of noise in the recipe's shapes."""
     model = recipe.model
