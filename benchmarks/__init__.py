@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks import block, checkpoint, data, dispatch, kernels, moe, plan, sample, step
-from benchmarks.budget import Asked
+from benchmarks.budget import NOTHING, Asked
 from benchmarks.harness import Row, machine
 from ecdit.errors import UserError
 
@@ -43,13 +43,11 @@ def check(name: str, asked: Asked) -> None:
     for option, value in vars(asked).items():
         if value not in (None, ()) and option not in BENCHMARKS[name].takes:
             takers = [other for other, benchmark in BENCHMARKS.items() if option in benchmark.takes]
-            raise UserError(
-                f"{OPTIONS[option]}: {name} does not take it; {', '.join(takers)} do" + "es" * (len(takers) == 1)
-            )
+            raise UserError(f"{OPTIONS[option]}: not for {name}, but for {', '.join(takers)}")
     asked.check()
 
 
-def report(name: str, asked: Asked = Asked()) -> dict[str, Any]:
+def report(name: str, asked: Asked = NOTHING) -> dict[str, Any]:
     """{"machine": {...}, "rows": [...]} of one benchmark; a row has the fields of `Row`."""
     return {"machine": machine(), "rows": [asdict(row) for row in BENCHMARKS[name].rows(asked)]}
 
@@ -64,9 +62,6 @@ def as_table(result: dict[str, Any]) -> Table:
         spread = "" if row.spread is None else "-".join(f"{taken:.4g}" for taken in row.spread)
         ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
         about = [f"failed: {row.failed}"] if row.failed else []
-        about += [
-            f"{value:.3g} {what}" if isinstance(value, float) else f"{what} {value}"
-            for what, value in row.about.items()
-        ]
+        about += [f"{value:.3g} {what}" for what, value in row.about.items()]
         table.add_row(row.name, taken, spread, row.against or "", ratio, ", ".join(about))
     return table

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from benchmarks.budget import Asked, Step, Variant, compare
+from benchmarks.budget import NOTHING, Asked, Step, Variant, compare
 from benchmarks.harness import Row, device_here
 from benchmarks.peers import FP8_KINDS, GPU, PlainBlock, differentiated, in_fp8, randomized
 from ecdit import reference
@@ -25,7 +25,7 @@ SECONDS = 20.0 if GPU else 8.0
 COMPILED = GPU  # on a CPU a compiler of C++ takes half a minute a block
 
 
-def rows(asked: Asked = Asked()) -> list[Row]:
+def rows(asked: Asked = NOTHING) -> list[Row]:
     """Forward and backward, gradients of weights, tokens, time and text. The trace is of the expert-choice block."""
     variants = [*_variants(sparse=True), *_variants(sparse=False)]
     return compare(variants, asked.seconds or SECONDS, TYPE, asked.trace)

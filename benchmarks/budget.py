@@ -39,7 +39,8 @@ class Variant:
     """One way to do the thing. `ready` builds it, yields a step of it, and takes it down.
 
     against: name of the variant that its ratio is to. flops: operations of a step, and moved: bytes read and written,
-    at least. images: that a step works on. warm_up: calls that are not timed, before one more that is not. about: what else is to be told of it.
+    at least. images: that a step works on. warm_up: calls before those that are timed. about: what else is to be told
+    of it.
     """
 
     name: str
@@ -48,8 +49,8 @@ class Variant:
     flops: float = 0.0
     moved: float = 0.0
     images: int = 0
-    warm_up: int = 3 if torch.cuda.is_available() else 0
-    about: dict[str, float | str] = field(default_factory=dict)
+    warm_up: int = 4 if torch.cuda.is_available() else 1
+    about: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,9 @@ class Asked:
         """Raises UserError for a trace that cannot be written."""
         if self.trace is not None and not self.trace.parent.is_dir():
             raise UserError(f"--profile: {self.trace}: there is no folder {self.trace.parent}")
+
+
+NOTHING = Asked()
 
 
 @dataclass
@@ -104,39 +108,38 @@ def _measure(variants: list[Variant], seconds: float, dtype: torch.dtype, trace:
         failed: dict[str, str] = {}
         for variant in variants:
             _say(f"{variant.name}: building")
-            step, opened = _built(variant)
-            if isinstance(step, str):
-                failed[variant.name] = step
+            built = _built(variant)
+            if isinstance(built, str):
+                failed[variant.name] = built
             else:
-                running[variant.name] = step, opened
+                running[variant.name] = built
         try:
             times = _rounds(running, yardsticks, failed, seconds)
             if trace is not None:
                 _write_trace(running, variants[0].name, failed, trace)
         finally:
-            for _, opened in running.values():
-                opened.close()
-            _clean()
+            while running:
+                running.popitem()[1][1].close()
     best = {name: min(times[name]) for name in yardsticks}
     return {v.name: _Found(times.get(v.name, []), failed.get(v.name), best) for v in variants}
 
 
-def _built(variant: Variant) -> tuple[Step | str, ExitStack]:
+def _built(variant: Variant) -> tuple[Step, ExitStack] | str:
     """Its step, warm, and what takes it down; or why there is none."""
+    _clean()
     opened = ExitStack()
 
     def build() -> Step:
         step = opened.enter_context(variant.ready())
         for _ in range(variant.warm_up):
-            step()
-        milliseconds(step)
+            milliseconds(step)
         return step
 
     step, why = _attempt(build)
-    if why is not None:
-        _attempt(opened.close)
-        _clean()
-    return (step if why is None else why), opened
+    if why is None:
+        return step, opened
+    _attempt(opened.close)
+    return why
 
 
 def _rounds(
@@ -173,6 +176,7 @@ def _attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:
 
 
 def _clean() -> None:
+    """Frees what nobody holds any more."""
     gc.collect()  # engines' hooks and buffers refer to each other
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -264,9 +268,9 @@ def _spread(taken: list[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _rates(variant: Variant, taken: float, best: dict[str, float], work: dict[str, float]) -> dict[str, float | str]:
+def _rates(variant: Variant, taken: float, best: dict[str, float], work: dict[str, float]) -> dict[str, float]:
     """taken: milliseconds of a step."""
-    rates: dict[str, float | str] = {}
+    rates: dict[str, float] = {}
     if variant.flops:
         rates["TFLOP/s"] = 1e-9 * variant.flops / taken
         rates["of the product's rate"] = variant.flops / taken / (work[PRODUCT] / best[PRODUCT])

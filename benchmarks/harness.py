@@ -28,7 +28,7 @@ class Row:
     ratio: float | None = None
     spread: tuple[float, float] | None = None
     failed: str | None = None
-    about: dict[str, float | str] = field(default_factory=dict)
+    about: dict[str, float] = field(default_factory=dict)
 
 
 def compare(functions: dict[str, Callable[[], Any]], against: dict[str, str], rounds: int) -> list[Row]:

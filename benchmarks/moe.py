@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from benchmarks.budget import Asked, Ready, Step, Variant, compare
+from benchmarks.budget import NOTHING, Asked, Step, Variant, compare
 from benchmarks.harness import Row, device_here
 from benchmarks.peers import FP8_KINDS, GPU, algorithm_1, differentiated, here, in_fp8, randomized
 from ecdit.model.experts import Ffn
@@ -25,7 +25,7 @@ SECONDS = 24.0
 AUX_LOSS = 0.01  # weight of the peer's load-balancing loss
 
 
-def rows(asked: Asked = Asked()) -> list[Row]:
+def rows(asked: Asked = NOTHING) -> list[Row]:
     """Forward and backward, gradients of weights and tokens. The trace is of the first case's layer."""
     found: list[Row] = []
     for number, (width, experts) in enumerate(CASES):
@@ -39,16 +39,17 @@ def _variants(width: int, experts: int) -> list[Variant]:
     layer, dense = f"EC-DiT layer, {where}", f"dense FFN of equal FLOPs, {where}"
     products = 3 * 2 * CAPACITY_FACTOR * G * T * 8 * width**2  # two products of 4 D^2 multiply-adds, thrice
 
-    def variant(name: str, ready: Ready, against: str | None) -> Variant:
-        return Variant(name, ready, against, flops=float(products))
-
-    return [
-        variant(layer, lambda: _layer(width, experts), dense),
-        variant(dense, lambda: _dense(width), None),
-        *(variant(f"{layer}, FP8 {kind}", lambda kind=kind: _layer_fp8(kind, width, experts), dense) for kind in FP8_KINDS),
-        variant(f"megatron-core's MoELayer, top-2 dropless, {where}", lambda: _megatron(width, experts), layer),
-        variant(f"Algorithm 1 as printed, {where}", lambda: _printed(width, experts), layer),
-    ]  # fmt: skip
+    made = [
+        Variant(layer, lambda: _layer(width, experts), dense),
+        Variant(dense, lambda: _dense(width)),
+        Variant(f"megatron-core's MoELayer, top-2 dropless, {where}", lambda: _megatron(width, experts), layer),
+        Variant(f"Algorithm 1 as printed, {where}", lambda: _printed(width, experts), layer),
+    ]
+    for kind in FP8_KINDS:
+        made.append(Variant(f"{layer}, FP8 {kind}", lambda kind=kind: _layer_fp8(kind, width, experts), dense))
+    for variant in made:
+        variant.flops = float(products)
+    return made
 
 
 def _tokens(width: int, *shape: int) -> Tensor:

@@ -76,7 +76,7 @@ def differentiated(function: Callable[..., Tensor], inputs: list[Tensor], weight
         slope = torch.randn_like(function(*inputs))
 
     def step() -> None:
-        torch.autograd.grad(function(*inputs), [*inputs, *weights], slope)
+        torch.autograd.grad(function(*inputs), [*inputs, *weights], slope, allow_unused=True)
 
     return step
 

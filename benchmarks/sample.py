@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from benchmarks.budget import Asked, Step, Variant, compare
+from benchmarks.budget import NOTHING, Asked, Step, Variant, compare
 from benchmarks.harness import Row, device_here
 from benchmarks.peers import GPU, STD
 from ecdit.model.count import forward_flops
@@ -34,7 +34,7 @@ WARM_UP = 4  # steps of the solver that are not timed
 SECONDS = 40.0 if GPU else 8.0
 
 
-def rows(asked: Asked = Asked()) -> list[Row]:
+def rows(asked: Asked = NOTHING) -> list[Row]:
     """Milliseconds are of `PICTURES` pictures. The trace is of the smallest model with experts."""
     variants: list[Variant] = []
     for size, (shape, counts) in MODELS.items():
@@ -49,7 +49,9 @@ def rows(asked: Asked = Asked()) -> list[Row]:
             variants[-1].about |= {"overhead of operations": more}
         variants.append(_variant(base, dense, steps, None))
     found = compare(variants, asked.seconds or SECONDS, TYPE, asked.trace)
-    for row in found:
+    for row, variant in ((row, variant) for row in found for variant in variants if variant.name == row.name):
+        if row.milliseconds is not None:
+            row.about["s a picture"] = row.milliseconds / 1e3 / variant.images
         if row.ratio is not None:
             row.about["overhead"] = row.ratio - 1
     return found

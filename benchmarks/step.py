@@ -1,8 +1,8 @@
 """A whole training step of a recipe, optimizer and weight average included, on random inputs: as it is launched, as one
 CUDA graph, compiled, in FP8.
 
-One variant after another, for most recipes fill a GPU by themselves. On one rank the recipe's layout is left out; a step
-has a few micro-batches at most, so that it takes seconds.
+One variant after another, for most recipes fill a GPU by themselves. On one rank the recipe's layout is left out; a
+step has a few micro-batches at most, so that it takes seconds.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.budget import Asked, Step, Variant, compare_apart
+from benchmarks.budget import NOTHING, Asked, Step, Variant, compare_apart
 from benchmarks.harness import Row, random_batch
 from benchmarks.peers import GPU, STD
 from benchmarks.plan import here as gpu_here
@@ -41,11 +41,10 @@ if GPU:
         **CHANGES,
         "compiled, one CUDA graph": ("train.graph=true", "train.compile=true", "precision.fp8=none"),
         "FP8 current, one CUDA graph": ("train.graph=true", "train.compile=false", "precision.fp8=current"),
-        "FP8 delayed, one CUDA graph": ("train.graph=true", "train.compile=false", "precision.fp8=delayed"),
     }
 
 
-def rows(asked: Asked = Asked()) -> list[Row]:
+def rows(asked: Asked = NOTHING) -> list[Row]:
     """The trace is of the first variant. Raises UserError for a recipe that is wrong or does not fit this job."""
     recipe = bench_recipe(asked.recipe or DEFAULT, asked.overrides)
     base = f"{recipe.run}: as it is launched"
@@ -55,7 +54,7 @@ def rows(asked: Asked = Asked()) -> list[Row]:
     flops = 3.0 * forward_flops(model, tokens) * recipe.train.batch / ranks
     variants = []
     for name, changes in CHANGES.items():
-        about: dict[str, float | str] = {}
+        about: dict[str, float] = {}
         variant = Variant(
             f"{recipe.run}: {name}",
             lambda changes=changes, about=about: _training(recipe, changes, about),
@@ -79,7 +78,7 @@ def bench_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
 
 
 @contextmanager
-def _training(recipe: Recipe, changes: tuple[str, ...], about: dict[str, float | str]) -> Iterator[Step]:
+def _training(recipe: Recipe, changes: tuple[str, ...], about: dict[str, float]) -> Iterator[Step]:
     recipe = change_recipe(recipe, changes, "the benchmark")
     place = start_topology(recipe)
     check_job(recipe, place)
