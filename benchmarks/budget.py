@@ -120,7 +120,7 @@ def _measure(variants: list[Variant], seconds: float, dtype: torch.dtype, trace:
         finally:
             while running:
                 running.popitem()[1][1].close()
-    best = {name: min(times[name]) for name in yardsticks}
+    best = {name: min(times[name]) for name in yardsticks if name in times}
     return {v.name: _Found(times.get(v.name, []), failed.get(v.name), best) for v in variants}
 
 
