@@ -72,8 +72,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = Non
 def differentiated(function: Callable[..., Tensor], inputs: list[Tensor], weights: list[Tensor]) -> Step:
     """A forward and a backward pass, with the gradients of the inputs and the weights."""
     inputs = [x.requires_grad_() for x in inputs]
-    with torch.no_grad():
-        slope = torch.randn_like(function(*inputs))
+    slope = torch.randn_like(
+        function(*inputs).detach()
+    )  # with gradients: torch.compile would compile once more without
 
     def step() -> None:
         torch.autograd.grad(function(*inputs), [*inputs, *weights], slope, allow_unused=True)
