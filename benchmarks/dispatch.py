@@ -7,6 +7,7 @@ is hidden is told.
 Shapes: `N` tokens of a rank in groups of `T`, `D` hidden, `E` experts of all ranks, `M = 2 N` slots.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -34,14 +35,15 @@ SECONDS = 12.0 if GPU else 6.0
 
 def rows(asked: Asked = NOTHING) -> list[Row]:
     """Milliseconds are of one way. The trace is of the first variant."""
-    ranks = start_ranks(Layout(), 10.0).ranks
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    topology = start_ranks(Layout(expert=ranks), 10.0)
     variants = _alone()
     found = compare(variants, (asked.seconds or SECONDS) / (2 if ranks > 1 else 1), TYPE, asked.trace)
     for row in found:  # a step of these is CALLS ways
         if row.spread is not None:
             row.milliseconds /= CALLS
             row.spread = tuple(taken / CALLS for taken in row.spread)
-    return found + (_between(ranks, (asked.seconds or SECONDS) / 2) if ranks > 1 else [])
+    return found + (_between(topology, (asked.seconds or SECONDS) / 2) if ranks > 1 else [])
 
 
 # ------------------------------------------------------------------------------------------------- what a rank does
@@ -107,9 +109,9 @@ def _without_gradient(function: Callable[[], object]) -> Step:
 # ---------------------------------------------------------------------------------------------------- between ranks
 
 
-def _between(ranks: int, seconds: float) -> list[Row]:
-    """All ranks as one expert-parallel group. A row's experts are products of the model's own shapes."""
-    topology = _one_expert_group(ranks)
+def _between(topology: Topology, seconds: float) -> list[Row]:
+    """All ranks as one expert-parallel group, whose experts are of the model's own shapes."""
+    ranks = topology.ranks
     kind = str(TYPE).removeprefix("torch.")
     alone, travel = "experts alone", f"gather, all-to-all, combine, {kind}"
     variants = [
@@ -141,13 +143,6 @@ def _tell_hidden(rows: dict[str, Row], travel: str, alone: str) -> None:
     for name, row in rows.items():
         if name.startswith(f"{travel}, with experts") and None not in (way, compute, row.milliseconds):
             row.about["of the way hidden"] = (way + compute - row.milliseconds) / way
-
-
-def _one_expert_group(ranks: int) -> Topology:
-    from parallel import topology
-
-    topology.stop()
-    return start_ranks(Layout(expert=ranks), 10.0)
 
 
 def _weights(ranks: int) -> tuple[Tensor, Tensor]:
