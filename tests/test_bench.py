@@ -146,7 +146,7 @@ def test_a_profile_of_a_training_step_has_the_layers_parts(tmp_path, small):
     trace = tmp_path / "trace.json.gz"
     done = run("step", "recipes/quickstart.yaml", "model.layers=2", "train.batch=32", "--profile", trace)
     assert done.exit_code == 0, done.exception
-    names = {event.get("name") for event in json.loads(gzip.open(trace).read())["traceEvents"]}
+    names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
     assert {"_Dispatch", "_Combine", "_CombineBackward", "ecdit::give_back"} <= names
     assert "quickstart: as it is launched" in done.stdout and "images/s" in done.stdout
 
