@@ -11,6 +11,8 @@ from rich.console import Console
 from ecdit.errors import UserError
 from ecdit.terminal import Overrides, join_job
 
+WIDTH_OF_FILES = 220
+
 
 def bench(
     name: Annotated[str, typer.Argument(help="moe, block, step, dispatch, sample, kernels, checkpoint, plan or data.")],
@@ -40,6 +42,8 @@ def bench(
         topology.stop()
     if int(os.environ.get("RANK", 0)):
         return
-    Console().print(as_table(result))
+    terminal = Console()
+    width = terminal.width if terminal.is_terminal else max(terminal.width, WIDTH_OF_FILES)
+    Console(width=width).print(as_table(result))
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
