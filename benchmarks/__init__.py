@@ -1,32 +1,67 @@
 """Benchmarks: each measures the product and its peers in one run. `ecdit bench NAME` runs them."""
 
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
 
-from benchmarks import checkpoint, data, kernels, moe, plan
+from benchmarks import block, checkpoint, data, dispatch, kernels, moe, plan, sample, step
+from benchmarks.budget import NOTHING, Asked
 from benchmarks.harness import Row, machine
+from ecdit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """`takes`: the fields of `Asked` that it heeds."""
+
+    rows: Callable[[Asked], list[Row]]
+    takes: tuple[str, ...] = ()
+
 
 BENCHMARKS = {
-    "moe": moe.rows,
-    "kernels": kernels.rows,
-    "checkpoint": checkpoint.rows,
-    "plan": plan.rows,
-    "data": data.rows,
+    "moe": Benchmark(moe.rows, ("seconds", "trace")),
+    "block": Benchmark(block.rows, ("seconds", "trace")),
+    "step": Benchmark(step.rows, ("seconds", "trace", "recipe", "overrides")),
+    "dispatch": Benchmark(dispatch.rows, ("seconds", "trace")),
+    "sample": Benchmark(sample.rows, ("seconds", "trace", "steps")),
+    "kernels": Benchmark(lambda asked: kernels.rows()),
+    "checkpoint": Benchmark(lambda asked: checkpoint.rows()),
+    "plan": Benchmark(lambda asked: plan.rows()),
+    "data": Benchmark(lambda asked: data.rows()),
 }
+OPTIONS = {  # as the command line has them
+    "seconds": "--seconds", "trace": "--profile", "steps": "--steps", "recipe": "RECIPE", "overrides": "KEY=VALUE",
+}  # fmt: skip
 
 
-def report(name: str) -> dict[str, Any]:
-    """{"machine": {...}, "rows": [{"name", "milliseconds", "against", "ratio"}]} of one benchmark."""
-    return {"machine": machine(), "rows": [vars(row) for row in BENCHMARKS[name]()]}
+def check(name: str, asked: Asked) -> None:
+    """Raises UserError for a name that is none, and for an option that this benchmark does not heed."""
+    if name not in BENCHMARKS:
+        raise UserError(f"{name!r} is no benchmark; valid: {', '.join(BENCHMARKS)}")
+    for option, value in vars(asked).items():
+        if value not in (None, ()) and option not in BENCHMARKS[name].takes:
+            takers = [other for other, benchmark in BENCHMARKS.items() if option in benchmark.takes]
+            raise UserError(f"{OPTIONS[option]}: not for {name}, but for {', '.join(takers)}")
+    asked.check()
+
+
+def report(name: str, asked: Asked = NOTHING) -> dict[str, Any]:
+    """{"machine": {...}, "rows": [...]} of one benchmark; a row has the fields of `Row`."""
+    return {"machine": machine(), "rows": [asdict(row) for row in BENCHMARKS[name].rows(asked)]}
 
 
 def as_table(result: dict[str, Any]) -> Table:
     """The rows for a terminal."""
     table = Table(box=None, title=", ".join(f"{k} {v}" for k, v in result["machine"].items()), title_justify="left")
-    for column in ("name", "ms", "against", "ratio"):
-        table.add_column(column, justify="left" if column in ("name", "against") else "right")
+    for column in ("name", "ms", "spread", "against", "ratio", "about"):
+        table.add_column(column, justify="right" if column in ("ms", "spread", "ratio") else "left")
     for row in (Row(**row) for row in result["rows"]):
+        taken = "" if row.milliseconds is None else f"{row.milliseconds:.4g}"
+        spread = "" if row.spread is None else "-".join(f"{taken:.4g}" for taken in row.spread)
         ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
-        table.add_row(row.name, f"{row.milliseconds:.4g}", row.against or "", ratio)
+        about = [f"failed: {row.failed}"] if row.failed else []
+        about += [f"{value:.3g} {what}" for what, value in row.about.items()]
+        table.add_row(row.name, taken, spread, row.against or "", ratio, ", ".join(about))
     return table

@@ -3,7 +3,7 @@
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -16,12 +16,19 @@ from ecdit.recipe import Recipe
 
 @dataclass
 class Row:
-    """One timing. `ratio` is milliseconds over those of the row named `against`."""
+    """One timing. `ratio` is milliseconds over those of the row named `against`.
+
+    spread: milliseconds of the fastest and the slowest tenth. failed: why there is no timing. about: other figures of
+    it by what they are, with units.
+    """
 
     name: str
-    milliseconds: float
+    milliseconds: float | None
     against: str | None = None
     ratio: float | None = None
+    spread: tuple[float, float] | None = None
+    failed: str | None = None
+    about: dict[str, float] = field(default_factory=dict)
 
 
 def compare(functions: dict[str, Callable[[], Any]], against: dict[str, str], rounds: int) -> list[Row]:
@@ -41,13 +48,38 @@ def in_turn(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, l
         function()
     for _ in range(rounds):
         for name, function in functions.items():
-            times[name].append(_milliseconds(function))
+            times[name].append(milliseconds(function))
     return times
 
 
 def median_ratio(ours: list[float], theirs: list[float]) -> float:
     """The median of the ratios within a round."""
     return median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def captured(call: Callable[[], Any], calls: int) -> Callable[[], Any]:
+    """So many calls of it: on a GPU as one CUDA graph, so that the host does not count, on the current stream or on one
+    of its own where that is the default one."""
+    if not torch.cuda.is_available():
+
+        def several() -> None:
+            for _ in range(calls):
+                call()
+
+        return several
+    stream = torch.cuda.current_stream()
+    if stream == torch.cuda.default_stream():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(calls):
+                call()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph.replay
 
 
 def random_batch(recipe: Recipe, images: int, device: torch.device) -> MicroBatch:
@@ -57,6 +89,11 @@ def random_batch(recipe: Recipe, images: int, device: torch.device) -> MicroBatc
     text = torch.randn(images, model.text_tokens, model.text_width, device=device)
     mask = torch.ones(images, model.text_tokens, dtype=torch.bool, device=device)
     return MicroBatch(latents, text, mask, draw(recipe, 0, torch.arange(images, device=device)))
+
+
+def device_here() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def machine() -> dict[str, Any]:
@@ -69,7 +106,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _milliseconds(function: Callable[[], Any]) -> float:
+def milliseconds(function: Callable[[], Any]) -> float:
+    """Of one call, until the device has done it."""
     _synchronize()
     began = time.perf_counter()
     function()

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Row, in_turn, median_ratio
+from benchmarks.harness import Row, captured, in_turn, median_ratio
 from ecdit.model.kernels import adaln, router, slots
 from ecdit.model.router import RoutingPlan, expert_choice
 from parallel import kernels
@@ -78,19 +78,7 @@ def _ready(call: Callable[[], Any], *, twin: bool = False) -> Callable[[], Any]:
     """CALLS calls of it: on a GPU as a graph."""
     decide = (lambda tensor: False) if twin else kernels.use_triton
     with patch.object(kernels, "use_triton", decide):
-        if not GPU:
-            return call
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(CALLS):
-                call()
-    return graph.replay
+        return captured(call, CALLS)
 
 
 def _cases() -> Iterator[Case]:

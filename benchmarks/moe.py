@@ -1,79 +1,107 @@
-"""The expert-choice layer against a dense FFN of equal FLOPs and against Algorithm 1 as the paper prints it.
+"""The expert-choice layer against what people would use: a dense FFN of equal FLOPs, the paper's Algorithm 1 as it
+prints it, megatron-core's dropless top-2 layer.
 
 Shapes: `G` routing groups, `T` tokens of a group, `D` hidden, `F = 4D` expert hidden, `E` experts, `C` capacity.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.harness import Row, compare
+from benchmarks.budget import NOTHING, Asked, Step, Variant, compare
+from benchmarks.harness import Row, device_here
+from benchmarks.peers import FP8_KINDS, GPU, algorithm_1, differentiated, here, in_fp8, randomized
 from ecdit.model.experts import Ffn
-from ecdit.model.layers import gelu
 from ecdit.model.moe import Moe
 from parallel.spread import Spread
 
-G, T, D = 8, 1024, 256
+G, T = (64, 1024) if GPU else (8, 1024)
+CASES = ((1152, 8), (2304, 32)) if GPU else ((256, 16), (256, 64))  # D, E
+TYPE = torch.bfloat16 if GPU else torch.float32
 CAPACITY_FACTOR = 2
-EXPERTS = (16, 64)
-ROUNDS = 7
+SECONDS = 24.0 if GPU else 14.0
+AUX_LOSS = 0.01  # weight of the peer's load-balancing loss
 
 
-def rows() -> list[Row]:
-    """Forward and backward, gradients of weights and tokens, fp32, on this machine's device."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def rows(asked: Asked = NOTHING) -> list[Row]:
+    """Forward and backward, gradients of weights and tokens. The trace is of the first case's layer."""
     found: list[Row] = []
-    for experts in EXPERTS:
-        with device:
-            functions, against = _functions(experts)
-        found += compare(functions, against, ROUNDS)
+    for number, (width, experts) in enumerate(CASES):
+        seconds = (asked.seconds or SECONDS) / len(CASES)
+        found += compare(_variants(width, experts), seconds, TYPE, asked.trace if number == 0 else None)
     return found
 
 
-def _functions(experts: int) -> tuple[dict[str, Callable[[], None]], dict[str, str]]:
-    moe = _normal(Moe(D, experts, CAPACITY_FACTOR, "expert_choice", Spread()))
-    ffn = _normal(Ffn(D, Spread()))
-    tokens = torch.randn(G, T, D)
-    equal_flops = torch.randn(CAPACITY_FACTOR * G * T, D)
-    weights = (moe.router.weight, moe.experts.up, moe.experts.down)
-    layer, dense, printed = (
-        f"{name}, E {experts}" for name in ("EC-DiT layer", "dense FFN of equal FLOPs", "Algorithm 1 as printed")
-    )
-    router, up, down = weights
+def _variants(width: int, experts: int) -> list[Variant]:
+    where = f"D {width}, E {experts}"
+    layer, dense = f"EC-DiT layer, {where}", f"dense FFN of equal FLOPs, {where}"
+    products = 3 * 2 * CAPACITY_FACTOR * G * T * 8 * width**2  # two products of 4 D^2 multiply-adds, thrice
+
+    made = [
+        Variant(layer, lambda: _layer(width, experts), dense),
+        Variant(dense, lambda: _dense(width)),
+        Variant(f"megatron-core's MoELayer, top-2 dropless, {where}", lambda: _megatron(width, experts), layer),
+        Variant(f"Algorithm 1 as printed, {where}", lambda: _printed(width, experts), layer),
+    ]
+    for kind in FP8_KINDS:
+        made.append(Variant(f"{layer}, FP8 {kind}", lambda kind=kind: _layer_fp8(kind, width, experts), dense))
+    for variant in made:
+        variant.flops = float(products)
+    return made
+
+
+def _tokens(width: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, width, device=device_here(), dtype=TYPE)
+
+
+def _moe(width: int, experts: int, spread: Spread) -> Moe:
+    with device_here():
+        return randomized(Moe(width, experts, CAPACITY_FACTOR, "expert_choice", spread)).to(TYPE)
+
+
+@contextmanager
+def _layer(width: int, experts: int) -> Iterator[Step]:
+    moe = _moe(width, experts, Spread())
+    yield differentiated(lambda x: moe(x, T)[0], [_tokens(width, G, T)], list(moe.parameters()))
+
+
+@contextmanager
+def _layer_fp8(kind: str, width: int, experts: int) -> Iterator[Step]:
+    with in_fp8(kind, lambda spread: _moe(width, experts, spread)) as (moe, fp8):
+
+        def forward(x: Tensor) -> Tensor:
+            with fp8.region():
+                return moe(x, T)[0]
+
+        yield differentiated(forward, [_tokens(width, G, T)], list(moe.parameters()))
+
+
+@contextmanager
+def _dense(width: int) -> Iterator[Step]:
+    with device_here():
+        ffn = randomized(Ffn(width, Spread())).to(TYPE)
+    yield differentiated(ffn, [_tokens(width, CAPACITY_FACTOR * G * T)], list(ffn.parameters()))
+
+
+@contextmanager
+def _printed(width: int, experts: int) -> Iterator[Step]:
+    moe = _moe(width, experts, Spread())
+    router, up, down = moe.router.weight, moe.experts.up, moe.experts.down
     capacity = T * CAPACITY_FACTOR // experts
-    functions = {
-        dense: _step(lambda x: ffn(x), equal_flops, list(ffn.parameters())),
-        layer: _step(lambda x: moe(x, T)[0], tokens, list(weights)),
-        printed: _step(lambda x: algorithm_1(x, router, up.mT, down.mT, capacity), tokens, list(weights)),
-    }
-    return functions, {layer: dense, printed: layer}
+    function = lambda x: algorithm_1(x, router, up.mT, down.mT, capacity)  # noqa: E731
+    yield differentiated(function, [_tokens(width, G, T)], [router, up, down])
 
 
-def algorithm_1(x: Tensor, w_router: Tensor, w1: Tensor, w2: Tensor, capacity: int) -> Tensor:
-    """The routing layer as the paper's Algorithm 1 has it: one-hot dispatch and combine by einsum.
+@contextmanager
+def _megatron(width: int, experts: int) -> Iterator[Step]:
+    if not GPU:
+        raise RuntimeError("needs a GPU, and Transformer Engine's grouped products")
+    from parallel.megatron_moe import MegatronMoe, set_share
 
-    x (G, T, D), w_router (D, E), w1 (E, D, F), w2 (E, F, D) -> (G, T, D).
-    """
-    affinity = torch.einsum("gtd,de->gte", x, w_router).softmax(-1)
-    gates, index = affinity.transpose(1, 2).topk(capacity, dim=-1)  # (G, E, C)
-    one_hot = nn.functional.one_hot(index, x.shape[1]).to(x.dtype)  # (G, E, C, T)
-    taken = torch.einsum("gect,gtd->gecd", one_hot, x)
-    computed = torch.stack([gelu(taken[:, e] @ w1[e]) @ w2[e] for e in range(len(w1))], dim=1)
-    return torch.einsum("gect,gec,gecd->gtd", one_hot, gates, computed)
-
-
-def _step(layer: Callable[[Tensor], Tensor], x: Tensor, weights: list[Tensor]) -> Callable[[], None]:
-    x = x.requires_grad_()
-    grad = torch.randn_like(x)
-
-    def step() -> None:
-        torch.autograd.grad(layer(x), [x, *weights], grad)
-
-    return step
-
-
-def _normal(module: nn.Module) -> nn.Module:
-    for weight in module.parameters():
-        nn.init.normal_(weight, std=0.05)
-    return module
+    place = here()
+    with place.device:
+        layer = randomized(MegatronMoe(place, width, experts, AUX_LOSS)).to(TYPE)
+    set_share(1.0, place.device)
+    yield differentiated(layer, [_tokens(width, G * T)], list(layer.parameters()))

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ecdit import bench_command
 from ecdit import commands as run_commands
 from ecdit.data import commands as data_commands
 from ecdit.errors import UserError
@@ -136,22 +137,7 @@ def checkpoint_verify(
     raise typer.Exit(int(broken))
 
 
-@app.command()
-def bench(
-    name: Annotated[str, typer.Argument(help="Which benchmark: moe, kernels, checkpoint, plan, data.")],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
-) -> None:
-    """Run a benchmark against its peers, all in one run."""
-    from benchmarks import BENCHMARKS, as_table, report
-
-    if name not in BENCHMARKS:
-        raise UserError(f"{name!r} is no benchmark; valid: {', '.join(BENCHMARKS)}")
-    result = report(name)
-    Console().print(as_table(result))
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
+app.command()(bench_command.bench)
 data_commands.register(app)
 run_commands.register(app)
 cluster_commands.register(app)

@@ -85,7 +85,7 @@ def serve(arguments, folder):
 
 
 def test_every_command_runs(place):
-    """In the order of the pages. make's targets are run by the gate; the benchmark's figures by `pytest -m slow`."""
+    """In the order of the pages. make's targets are run by the gate; `bench moe`'s figures by `pytest -m slow`."""
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     seen = 0
     for line in commands():
@@ -95,7 +95,7 @@ def test_every_command_runs(place):
             assert arguments[0] in targets
         elif program == "torchrun":
             run([sys.executable, "-m", "torch.distributed.run", *arguments], place)
-        elif arguments[0] == "bench":
+        elif arguments[0] == "bench" and len(arguments) == 2:  # whole benchmarks take longer than a test may
             assert arguments[1] in BENCHMARKS
         elif arguments[0] == "serve":
             serve(arguments, place)

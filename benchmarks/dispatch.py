@@ -1,0 +1,184 @@
+"""The way of tokens to their experts and back: gather, all-to-all where there are ranks, gate-weighted combine.
+
+Against the rate of a plain copy for what a rank does alone. Under torchrun the all-to-all joins, and the same is timed
+with experts that compute, in chunks whose rows travel while another chunk is computed, and not: how much of the way
+is hidden is told.
+
+Shapes: `N` tokens of a rank in groups of `T`, `D` hidden, `E` experts of all ranks, `M = 2 N` slots.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.budget import NOTHING, Asked, Step, Variant, compare
+from benchmarks.harness import Row, captured, device_here
+from benchmarks.peers import GPU, STD, differentiated
+from ecdit.model.experts import batched_ffn
+from ecdit.model.kernels import slots
+from ecdit.model.router import RoutingPlan, expert_choice
+from parallel.dispatch import Exchange
+from parallel.topology import Layout, Topology
+from parallel.topology import start as start_ranks
+
+N, T, D, E = (65_536, 1024, 2304, 32) if GPU else (2048, 256, 128, 8)
+TYPE = torch.bfloat16 if GPU else torch.float32
+FACTOR = 2
+CALLS = 10 if GPU else 4  # of what takes little time, in one that is timed
+CHUNKS = (1, 2, 4)
+SECONDS = 12.0 if GPU else 6.0
+
+
+def rows(asked: Asked = NOTHING) -> list[Row]:
+    """Milliseconds are of one way. The trace is of the first variant."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    topology = start_ranks(Layout(expert=ranks), 10.0)
+    variants = _alone()
+    found = compare(variants, (asked.seconds or SECONDS) / (2 if ranks > 1 else 1), TYPE, asked.trace)
+    for row in found:  # a step of these is CALLS ways
+        if row.spread is not None:
+            row.milliseconds /= CALLS
+            row.spread = tuple(taken / CALLS for taken in row.spread)
+    return found + (_between(topology, (asked.seconds or SECONDS) / 2) if ranks > 1 else [])
+
+
+# ------------------------------------------------------------------------------------------------- what a rank does
+
+
+def _alone() -> list[Variant]:
+    tokens, rows = N * D * TYPE.itemsize, FACTOR * N * D * TYPE.itemsize
+    kind = str(TYPE).removeprefix("torch.")
+    whole, fp8 = f"gather and combine, {kind}", "gather in FP8"
+    return [
+        _calls(f"{whole}, forward and backward", lambda: _both(backward=True), 5 * tokens + 5 * rows),
+        _calls(f"{whole}, forward", lambda: _both(backward=False), 2 * tokens + 2 * rows),
+        _calls(f"gather, {kind}, forward", _gather, tokens + rows),
+        _calls(f"{fp8}, forward", _gather_fp8, tokens + rows // TYPE.itemsize, against=f"gather, {kind}, forward"),
+    ]
+
+
+def _calls(name: str, make: Callable[[], Step], moved: int, against: str | None = None) -> Variant:
+    @contextmanager
+    def ready() -> Iterator[Step]:
+        yield captured(make(), CALLS)
+
+    return Variant(name, ready, against, moved=float(CALLS * moved))
+
+
+def _plan(experts: int = E) -> RoutingPlan:
+    affinity = torch.randn(N // T, T, experts, device=device_here()).softmax(-1)
+    return expert_choice(affinity, FACTOR * T // experts)
+
+
+def _tokens() -> Tensor:
+    return torch.randn(N, D, device=device_here(), dtype=TYPE)
+
+
+def _both(*, backward: bool) -> Step:
+    plan = _plan()
+    where, gate, x = plan.slot_map(), plan.gate.detach(), _tokens()
+
+    def way(x: Tensor) -> Tensor:
+        return slots.combine(slots.dispatch(x, where), gate, where)
+
+    return differentiated(way, [x], []) if backward else _without_gradient(lambda: way(x))
+
+
+def _gather() -> Step:
+    where, x = _plan().slot_map(), _tokens()
+    return _without_gradient(lambda: slots.dispatch(x, where))
+
+
+def _gather_fp8() -> Step:
+    where, x = _plan().slot_map(), _tokens()
+    return _without_gradient(lambda: slots.dispatch_fp8(x, where))
+
+
+def _without_gradient(function: Callable[[], object]) -> Step:
+    def step() -> None:
+        with torch.no_grad():
+            function()
+
+    return step
+
+
+# ---------------------------------------------------------------------------------------------------- between ranks
+
+
+def _between(topology: Topology, seconds: float) -> list[Row]:
+    """All ranks as one expert-parallel group, whose experts are of the model's own shapes."""
+    ranks = topology.ranks
+    kind = str(TYPE).removeprefix("torch.")
+    alone, travel = "experts alone", f"gather, all-to-all, combine, {kind}"
+    variants = [
+        Variant(f"{travel}, with experts", lambda: _way(topology, 1, compute=True)),
+        Variant(travel, lambda: _way(topology, 1, compute=False)),
+        Variant(alone, lambda: _experts_alone(ranks)),
+        *(
+            Variant(
+                f"{travel}, with experts, {chunks} chunks",
+                lambda chunks=chunks: _way(topology, chunks, compute=True),
+                f"{travel}, with experts",
+            )
+            for chunks in CHUNKS[1:]
+        ),
+        Variant(f"all-to-all alone, {kind}", lambda: _all_to_all(topology, TYPE)),
+        Variant("all-to-all alone, FP8", lambda: _all_to_all(topology, torch.uint8), f"all-to-all alone, {kind}"),
+    ]
+    found = compare(variants, seconds, TYPE)
+    _tell_hidden({row.name: row for row in found}, travel, alone)
+    for row, size in ((found[-2], TYPE.itemsize), (found[-1], 1)):
+        if row.milliseconds:
+            row.about["GB/s"] = 1e-6 * FACTOR * N * D * size * (ranks - 1) / ranks / row.milliseconds
+    return found
+
+
+def _tell_hidden(rows: dict[str, Row], travel: str, alone: str) -> None:
+    """Of the way's time, the share that the experts' time covers."""
+    way, compute = rows[travel].milliseconds, rows[alone].milliseconds
+    for name, row in rows.items():
+        if name.startswith(f"{travel}, with experts") and None not in (way, compute, row.milliseconds):
+            row.about["of the way hidden"] = (way + compute - row.milliseconds) / way
+
+
+def _weights(ranks: int) -> tuple[Tensor, Tensor]:
+    """Of this rank's experts, (e, F, D) and (e, D, F)."""
+    up = torch.randn(E // ranks, 4 * D, D, device=device_here(), dtype=TYPE) * STD
+    down = torch.randn(E // ranks, D, 4 * D, device=device_here(), dtype=TYPE) * STD
+    return up.requires_grad_(), down.requires_grad_()
+
+
+@contextmanager
+def _way(topology: Topology, chunks: int, *, compute: bool) -> Iterator[Step]:
+    exchange, plan = Exchange(topology.groups, E, chunks), _plan()
+    plan.arrange(exchange.arrange)
+    where, gate = plan.slot_map(), plan.gate.detach()
+    up, down = _weights(topology.ranks)
+    ups, downs = up.chunk(chunks), down.chunk(chunks)
+
+    def experts(rows: Tensor, chunk: int) -> Tensor:
+        return batched_ffn(rows, ups[chunk], downs[chunk]) if compute else rows
+
+    def way(x: Tensor) -> Tensor:
+        return slots.combine(exchange(slots.dispatch(x, where), experts), gate, where)
+
+    yield differentiated(way, [_tokens()], [up, down] if compute else [])
+
+
+@contextmanager
+def _experts_alone(ranks: int) -> Iterator[Step]:
+    up, down = _weights(ranks)
+    rows = torch.randn(E // ranks, FACTOR * N // (E // ranks), D, device=device_here(), dtype=TYPE)
+    yield differentiated(lambda x: batched_ffn(x, up, down), [rows], [up, down])
+
+
+@contextmanager
+def _all_to_all(topology: Topology, dtype: torch.dtype) -> Iterator[Step]:
+    """Slots' rows one way. FP8 travels as bytes."""
+    rows = torch.ones(FACTOR * N, D, device=device_here(), dtype=dtype)
+    arriving = torch.empty_like(rows)
+    yield lambda: dist.all_to_all_single(arriving, rows, group=topology.groups.ep)
