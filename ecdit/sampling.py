@@ -8,7 +8,7 @@ enough for an expert to take another of two tokens that are all but tied, and th
 Shapes: `B` images, `S` tokens of an image, `L` text tokens, `c` latent channels; `N` pictures asked for.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -17,16 +17,14 @@ import torch
 from torch import Tensor
 
 from ecdit.data.encoders import Autoencoder, TextEncoder, load_checked_autoencoder, load_text_encoder
+from ecdit.denoising import Count, Denoiser
 from ecdit.diffusion.draws import seed_noise
-from ecdit.diffusion.patch import unpatchify
-from ecdit.diffusion.solver import euler, guide, heun, time_grid
+from ecdit.diffusion.solver import time_grid
 from ecdit.dtypes import DTYPES
 from ecdit.errors import UserError
 from ecdit.model.dit import EcDit
 from ecdit.recipe import Recipe, SampleRecipe
 from ecdit.run import Run
-
-SOLVERS = {"euler": euler, "heun": heun}
 
 
 @dataclass
@@ -48,6 +46,7 @@ class Sampler:
     def __init__(self, model: EcDit, recipe: Recipe, text_encoder: TextEncoder, autoencoder: Autoencoder):
         self.model, self.recipe = model, recipe
         self.text_encoder, self.autoencoder = text_encoder, autoencoder
+        self._denoiser = Denoiser(model, recipe.model)
 
     @classmethod
     def from_run(cls, run: Run, device: torch.device | None = None) -> "Sampler":
@@ -123,7 +122,7 @@ class Sampler:
         prompts: Sequence[str],
         seeds: Sequence[int],
         settings: SampleRecipe,
-        count: Callable[[float, Tensor], None] | None = None,
+        count: Count | None = None,
     ) -> Iterator[tuple[float, Tensor]]:
         """(time, latents (B, c, h, w)) after every step of the solver: first those of the prompts and seeds, `B` at
         most, then what fills the batch up.
@@ -135,20 +134,11 @@ class Sampler:
         # a pair of rows for each picture: its caption, and the empty one
         text, mask = self.text_encoder([caption for prompt in prompts for caption in (prompt, "")])
 
-        def velocity(x: Tensor, t: float) -> Tensor:
-            pairs = x.float().repeat_interleave(2, dim=0)
-            at = torch.full((len(pairs),), t, device=device)
-            out = self.model.infer(pairs, at, text, mask, model.sample_group_tokens)
-            if count is not None:
-                counts = [plan.experts_per_token().view(-1, 2, model.tokens)[:, 0] for plan in out.plans]
-                count(t, torch.stack(counts).to("cpu", torch.uint8))
-            with_text, without = out.velocity.float().view(-1, 2, *out.velocity.shape[1:]).unbind(1)
-            guided = guide(with_text, without, settings.guidance)
-            return unpatchify(guided, model.patch, model.channels)
-
         latents = seed_noise(seeds, model.channels, model.side, device)
         for step in pairwise(time_grid(settings.steps, settings.shift)):
-            latents = SOLVERS[settings.solver](velocity, latents, step)
+            latents = self._denoiser(
+                latents, step, text, mask, solver=settings.solver, guidance=settings.guidance, count=count
+            )
             yield step[1], latents
 
     def decode(self, latents: Tensor) -> Tensor:

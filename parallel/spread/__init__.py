@@ -39,8 +39,9 @@ class LocalExchange:
 
 
 class Spread:
-    """All of a model on one rank."""
+    """All of a model on one rank. `alone`: no other rank has a part of it."""
 
+    alone = True
     tensor_ranks = 1
     tensor_rank = 0
     sequence = False

@@ -30,6 +30,8 @@ class RankSpread(Spread):
         self._topology, self._chunks = topology, dispatch_chunks
         self._groups, self._tensor = topology.groups, topology.groups.tp
         self.tensor_ranks, self.tensor_rank = self._tensor.size(), self._tensor.rank()
+        shared = self._tensor, self._groups.pp, self._groups.ep, self._groups.expt_tp
+        self.alone = all(group.size() == 1 for group in shared)
         self.sequence = topology.layout.sequence and self.tensor_ranks > 1
         self.first_stage, self.last_stage = topology.first_stage, topology.last_stage
         if linears == "transformer_engine" or "linears" in self.fp8.where:
