@@ -33,6 +33,8 @@ class DeepSpeedEngine:
 
     def __init__(self, model: nn.Module, topology: Topology, settings: UpdateSettings, options: ZeroOptions):
         library = import_deepspeed()
+        from deepspeed.utils import set_z3_leaf_module
+
         self.topology, self.settings, self.model = topology, settings, model
         weights = {weight: name for name, weight in named_parameters(model)}
         self._catalogue = Catalogue(weights, topology)
@@ -44,6 +46,9 @@ class DeepSpeedEngine:
         self._decays = {weight: weight.ndim > 1 for weight in weights}
         apart = _experts_reduced_apart(model, topology)
         wrapped = _WithLoss(model)
+        for module in model.modules():
+            if getattr(module, "gathered_whole", False):
+                set_z3_leaf_module(module, True)
         if apart:
             wrapped.experts = _expert_groups(topology)
         self._sum_over_tensor_ranks(weights)
@@ -56,7 +61,7 @@ class DeepSpeedEngine:
             mpu=_Mpu(topology),
             dist_init_required=False,
         )
-        self._flats = flats_of(self._deepspeed.optimizer, options.stage, numels)
+        self._flats = flats_of(self._deepspeed.optimizer, options.stage, numels, self._later(weights))
         for flat in self._flats.flats:
             self._client.spans[flat.master] = list(self._spans(flat, weights, units))
         for number, flat in enumerate(self._flats.flats):
@@ -91,8 +96,13 @@ class DeepSpeedEngine:
                         high - low,
                         self._catalogue.number(span),
                         decay=self._decays[weight],
-                        counted=weight not in self._copies,
+                        counted=not flat.copy and weight not in self._copies,
                     )
+
+    def _later(self, weights: Iterable[nn.Parameter]) -> set[nn.Parameter]:
+        """Those that a rank before this one has the same block of, and the same gradient."""
+        groups = self.topology.groups
+        return {w for w in weights if (groups.expt_dp if w.expert else groups.dp).rank() > 0}
 
     def _sum_over_tensor_ranks(self, weights: Iterable[nn.Parameter]) -> None:
         """Gradients of which each tensor rank has its own tokens' part (`Spread.mark_gradients`) are summed as they

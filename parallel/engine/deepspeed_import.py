@@ -21,7 +21,9 @@ def import_deepspeed() -> ModuleType:
     import deepspeed
     from deepspeed.utils import logger
 
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(logging.ERROR)
+    # collectives through shared memory on a CPU, which it would compile here and now, on every machine anew
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(backend, dist_init_required=False, verbose=False)
     return deepspeed

@@ -23,10 +23,12 @@ from torch import Tensor, nn
 
 @dataclass
 class Flat:
-    """One of them. parts: (weight, first element of the rank's block of it, place in the flat, elements)."""
+    """One of them. parts: (weight, first element of the rank's block of it, place in the flat, elements). copy: whether
+    a rank that shares the gradients has the same."""
 
     master: Tensor
     parts: list[tuple[nn.Parameter, int, int, int]]
+    copy: bool = False
 
 
 class Flats(Protocol):
@@ -44,10 +46,11 @@ class Flats(Protocol):
         """Within it, a flat and its states are in memory, and what is written to them stays."""
 
 
-def flats_of(optimizer: Any, stage: int, numels: dict[nn.Parameter, int]) -> Flats:
-    """Those of DeepSpeed's optimizer. numels: of this rank's block of every weight."""
+def flats_of(optimizer: Any, stage: int, numels: dict[nn.Parameter, int], copies: set[nn.Parameter]) -> Flats:
+    """Those of DeepSpeed's optimizer. numels: of this rank's block of every weight. copies: weights that a rank before
+    this one, of those that share the gradients, has as well."""
     if stage == 0:
-        return WholeWeights(optimizer)
+        return WholeWeights(optimizer, copies)
     if stage == 3:
         return PartsOfWeights(optimizer, numels)
     return PartsOfGroups(optimizer, numels)
@@ -56,9 +59,9 @@ def flats_of(optimizer: Any, stage: int, numels: dict[nn.Parameter, int]) -> Fla
 class WholeWeights:
     """Stage 0, in fp32: the weights themselves."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer):
+    def __init__(self, optimizer: torch.optim.Optimizer, copies: set[nn.Parameter]):
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        self.flats = [Flat(weight, [(weight, 0, 0, weight.numel())]) for weight in weights]
+        self.flats = [Flat(weight, [(weight, 0, 0, weight.numel())], weight in copies) for weight in weights]
 
     def gradients(self, number: int) -> list[Tensor]:
         return [self.flats[number].master.grad]
