@@ -112,6 +112,4 @@ class ClientOptimizer(torch.optim.Optimizer):
             return TorchRmsprop(slices, weight_decay=decay, states=states)
         if name == "adamw":
             return AdamW(slices, weight_decay=decay, states=states, kernels=kernels_for(slices[0].master.device))
-        return RmspropMomentum(
-            slices, self._unit_numels, weight_decay=decay, sum_over_ranks=self._sum, states=states
-        )
+        return RmspropMomentum(slices, self._unit_numels, weight_decay=decay, sum_over_ranks=self._sum, states=states)

@@ -5,8 +5,10 @@ found here: its own counts expert weights by a mean over ranks. What it saves is
 parameter, as in the other engine, so checkpoints of one are the other's.
 """
 
+import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from parallel.checkpoint.boxes import Boxes
 from parallel.engine import Loss, Update, UpdateSettings
 from parallel.engine.client import AVERAGE, STATES, ClientOptimizer, FlatSpan
-from parallel.engine.deepspeed_config import ZeroOptions, config_of
+from parallel.engine.deepspeed_config import ConfigError, ZeroOptions, check, config_of
 from parallel.engine.deepspeed_import import import_deepspeed
 from parallel.engine.sharding import Catalogue, Span, units_of
 from parallel.engine.zero import Flat, flats_of
@@ -53,14 +55,16 @@ class DeepSpeedEngine:
             wrapped.experts = _expert_groups(topology)
         self._sum_over_tensor_ranks(weights)
         self._client = ClientOptimizer(self._groups(weights, apart), settings, self._catalogue.unit_numels, self._sum)
-        dtype = next(model.parameters()).dtype
-        self._deepspeed, *_ = library.initialize(
-            model=wrapped,
-            optimizer=self._client,
-            config=config_of(options, dtype, topology.data_ranks),
-            mpu=_Mpu(topology),
-            dist_init_required=False,
-        )
+        if options.stage == 3 and topology.device.index not in (None, int(os.environ.get("LOCAL_RANK", 0))):
+            raise ConfigError("zero: 3 needs every rank to see all GPUs of its node; let the scheduler hide none")
+        config = config_of(options, next(model.parameters()).dtype, topology.data_ranks)
+        check(config)
+        with redirect_stdout(StringIO()), _device_told(topology.device):  # it tells of its memory there
+            # over the process groups that there are already
+            library.init_distributed("nccl" if topology.device.type == "cuda" else "gloo", dist_init_required=False)
+            self._deepspeed, *_ = library.initialize(
+                model=wrapped, optimizer=self._client, config=config, mpu=_Mpu(topology), dist_init_required=False
+            )
         self._flats = flats_of(self._deepspeed.optimizer, options.stage, numels, self._later(weights))
         for flat in self._flats.flats:
             self._client.spans[flat.master] = list(self._spans(flat, weights, units))
@@ -191,8 +195,11 @@ class DeepSpeedEngine:
         return self._boxes([torch.cat([g.flatten() for g in self._flats.gradients(number)]) for number in flats])
 
     def _boxes(self, values: list[Tensor]) -> dict[str, Boxes]:
-        spans = [(span, value) for flat, value in zip(self._flats.flats, values, strict=True)
-                 for span in self._client.spans[flat.master]]
+        spans = [
+            (span, value)
+            for flat, value in zip(self._flats.flats, values, strict=True)
+            for span in self._client.spans[flat.master]
+        ]
         return self._catalogue.boxes([span for span, _ in spans], [span.of(value) for span, value in spans])
 
     def loaded(self, updates: int) -> None:
@@ -200,6 +207,15 @@ class DeepSpeedEngine:
         updates."""
         self._client.updates = updates
         self._flats.publish()
+
+
+@contextmanager
+def _device_told(device: torch.device) -> Iterator[None]:
+    """DeepSpeed takes the GPU of the number LOCAL_RANK, which a scheduler may mean otherwise."""
+    before = os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    yield
+    os.environ["LOCAL_RANK"] = before
 
 
 class _WithLoss(nn.Module):

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,27 @@ class ZeroOptions:
     config: dict[str, Any] = field(default_factory=dict)
 
 
+class ConfigError(Exception):
+    """DeepSpeed refuses a value of its JSON. The message names the key."""
+
+
+def check(config: dict[str, Any]) -> None:
+    """Raises ConfigError for what DeepSpeed would refuse of the keys that a recipe may set."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**config["zero_optimization"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["config.zero_optimization", *map(str, first["loc"])])
+        raise ConfigError(f"{key}: {first['input']!r} is not valid: {first['msg']}") from None
+
+
 def config_of(options: ZeroOptions, dtype: torch.dtype, data_ranks: int) -> dict[str, Any]:
     """DeepSpeed's JSON. dtype: of the compute."""
-    zero: dict[str, Any] = {"stage": options.stage, "overlap_comm": False, "contiguous_gradients": True}
+    # DeepSpeed's "memory-efficient" linear, of stage 3, takes the place of torch's in the whole process, and rounds
+    # otherwise under bf16
+    zero: dict[str, Any] = {"stage": options.stage, "overlap_comm": False, "memory_efficient_linear": False}
     for key, place in (("offload_optimizer", options.offload_optimizer), ("offload_param", options.offload_weights)):
         if place != "none":
             zero[key] = {"device": place, "pin_memory": options.pinned and torch.cuda.is_available()}

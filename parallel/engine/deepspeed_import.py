@@ -2,7 +2,9 @@
 
 import logging
 import os
+from contextlib import redirect_stdout
 from importlib.util import find_spec
+from io import StringIO
 from types import ModuleType
 
 import torch
@@ -14,16 +16,24 @@ def is_installed() -> bool:
 
 
 def import_deepspeed() -> ModuleType:
-    """The library, quiet, on the device that torch has, over the process groups that there are already."""
+    """The library, quiet, on the device that torch has."""
     if not torch.cuda.is_available():
         # with a CUDA toolkit but no GPU it would look for one
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
+    with redirect_stdout(StringIO()):
+        import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
     # collectives through shared memory on a CPU, which it would compile here and now, on every machine anew
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(backend, dist_init_required=False, verbose=False)
     return deepspeed
+
+
+def has_async_io() -> bool:
+    """Whether what reads and writes a disk beside the computing can be built here."""
+    import_deepspeed()
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    with redirect_stdout(StringIO()):
+        return AsyncIOBuilder().is_compatible(verbose=False)

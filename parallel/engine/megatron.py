@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from parallel.checkpoint.boxes import Boxes
 from parallel.engine import Loss, Update, UpdateSettings
+from parallel.engine.adamw import AdamW
 from parallel.engine.ema import Ema
 from parallel.engine.optimizer import RmspropMomentum, Slice, TorchRmsprop, clip_by_global_norm
 from parallel.engine.pipeline import Pipeline
@@ -74,13 +75,15 @@ class MegatronEngine:
         self._optimizer = self._make_optimizer()
         self._ema = Ema(self._masters, settings.ema)
 
-    def _make_optimizer(self) -> RmspropMomentum | TorchRmsprop:
+    def _make_optimizer(self) -> RmspropMomentum | TorchRmsprop | AdamW:
         slices = [
             Slice(master, self._catalogue.number(piece), piece.decay, counted=not piece.copy)
             for piece, master in zip(self._pieces, self._masters, strict=True)
         ]
         if self.settings.name == "torch_rmsprop":
             return TorchRmsprop(slices, weight_decay=self.settings.weight_decay)
+        if self.settings.name == "adamw":
+            return AdamW(slices, weight_decay=self.settings.weight_decay)
         return RmspropMomentum(
             slices,
             self._catalogue.unit_numels,
