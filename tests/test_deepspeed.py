@@ -1,0 +1,232 @@
+"""The DeepSpeed engine: it trains as the oracle and as engine megatron do, and either goes on from the other."""
+
+import random
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from ecdit import UserError, load_recipe
+from ecdit.callbacks.metrics import read_metrics
+from ecdit.recipe_engine import TUNABLE
+from parallel.checkpoint.folder import committed, newest
+from parallel.checkpoint.store import DELAY
+from parallel.engine.deepspeed_config import ConfigError, ZeroOptions, check, config_of
+from parallel.topology import Layout
+from tests.command import ecdit
+from tests.layouts import Case, train_cases
+from tests.ranks import free_port, run_on_ranks, start_ranks
+from tests.test_parallel import assert_parity
+from tests.test_resume import assert_same_run, overrides, run
+from tests.test_train import ROOT, complaint
+from tests.tiny_runs import make_shapes
+
+pytest.importorskip("deepspeed")
+
+# every weight is gathered when its layer runs, and a flat is updated in many portions
+SMALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "sub_group_size": 5000}}
+
+
+def zero(stage, optimizer="none", weights="none"):
+    return ZeroOptions(stage, optimizer, weights, config=SMALL if stage == 3 else {})
+
+
+TWO = [Case(Layout(), 2, masked=True, accumulation=2, zero=zero(stage)) for stage in (0, 1, 2, 3)]
+TWO += [Case(Layout(expert=2), 2, accumulation=2, zero=zero(stage)) for stage in (0, 1, 2)]
+TWO += [Case(Layout(expert=2), 2, chunks=2, zero=zero(stage, "cpu")) for stage in (1, 2)]
+TWO += [Case(Layout(), 2, accumulation=2, zero=zero(3, *places)) for places in (("cpu",), ("cpu", "cpu"))]
+TWO += [Case(Layout(), 2, recompute=what, zero=zero(3)) for what in ("moe", "block")]
+FOUR = [
+    Case(Layout(tensor=2, expert=4, sequence=True), 4, masked=True, zero=zero(2)),
+    Case(Layout(tensor=2, expert=2, expert_tensor=2), 4, accumulation=2, zero=zero(1, "cpu")),
+    Case(Layout(expert=2), 4, routing="token_choice", zero=zero(2, "cpu")),
+    Case(Layout(tensor=2, sequence=True), 4, routing="dense", zero=zero(3)),
+    Case(Layout(tensor=2), 4, zero=zero(0)),
+]
+
+
+@pytest.mark.parametrize("cases", [TWO, FOUR], ids=["two ranks", "four ranks"])
+def test_every_stage_trains_as_the_oracle(cases):
+    found = run_on_ranks(train_cases, cases[0].ranks, cases)[0]
+    for case, of_case in zip(cases, found, strict=True):
+        assert_parity(case, of_case)
+
+
+def test_in_bf16_it_trains_as_engine_megatron_does():
+    plain = Case(Layout(), 2, accumulation=4, precision=torch.bfloat16)
+    spread = replace(plain, layout=Layout(expert=2))
+    cases = [plain, *(replace(plain, zero=zero(*how)) for how in ((1,), (2,), (3,), (2, "cpu")))]
+    cases += [spread, *(replace(spread, zero=zero(*how)) for how in ((1,), (2, "cpu")))]
+    expected = None
+    for case, (losses, _, weights) in zip(cases, run_on_ranks(train_cases, 2, cases)[0], strict=True):
+        if case.zero is None:
+            expected = losses, weights
+            continue
+        assert losses == expected[0], str(case)
+        for name, weight in expected[1].items():
+            assert (weights[name] - weight).norm() <= 1e-6 * weight.norm(), f"{case}: {name}"
+
+
+# ------------------------------------------------------------------------------------------------------ whole runs
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return make_shapes(tmp_path_factory.mktemp("deepspeed"))
+
+
+def deepspeed(stage, *more):
+    return ["engine=deepspeed", f"engine_options.zero={stage}", *more]
+
+
+def curve(runs):
+    return [record["loss"] for record in read_metrics(runs / "quickstart/metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shapes, tmp_path_factory):
+    """A hundred steps of engine megatron, on one rank."""
+    runs = tmp_path_factory.mktemp("megatron")
+    assert run_on_ranks(run, 1, runs, overrides(shapes, "train.steps=100")) == [0]
+    return runs
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        deepspeed(2, "parallel.expert=2"),
+        pytest.param(deepspeed(0, "parallel.expert=2"), marks=pytest.mark.slow),
+        pytest.param(deepspeed(1, "engine_options.offload_optimizer=cpu"), marks=pytest.mark.slow),
+        pytest.param(deepspeed(3, "engine_options.offload_optimizer=cpu"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_hundred_steps_follow_engine_megatrons_curve(shapes, undisturbed, tmp_path, how):
+    assert run_on_ranks(run, 2, tmp_path, overrides(shapes, "train.steps=100", *how)) == [0, 0]
+    assert curve(tmp_path) == pytest.approx(curve(undisturbed), rel=1e-4)
+
+
+CHAIN = [
+    (2, deepspeed(2, "parallel.expert=2")),
+    (1, deepspeed(3, "engine_options.offload_optimizer=cpu")),
+    (2, ["parallel.expert=2"]),
+    (2, deepspeed(3)),
+    (4, deepspeed(1, "parallel.tensor=2", "parallel.expert=4", "parallel.sequence=true")),
+    (1, []),
+]
+
+
+def test_a_run_goes_on_over_engines_stages_and_ranks(shapes, undisturbed, tmp_path):
+    steps = 3
+    for leg, (ranks, how) in enumerate(CHAIN, 1):
+        assert run_on_ranks(run, ranks, tmp_path, overrides(shapes, f"train.steps={leg * steps}", *how)) == [0] * ranks
+    found, expected = (read_metrics(runs / "quickstart/metrics.jsonl") for runs in (tmp_path, undisturbed))
+    assert [record["step"] for record in found] == list(range(1, len(CHAIN) * steps + 1))
+    for one, other in zip(found, expected, strict=False):
+        assert one["sample_ids"] == other["sample_ids"]
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6), one["step"]
+    listed = ecdit("checkpoint", "ls", tmp_path / "quickstart")
+    verified = ecdit("checkpoint", "verify", tmp_path / "quickstart")
+    assert listed.returncode == verified.returncode == 0 and "step-18: verified" in verified.stdout
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_kill_9_at_any_moment_loses_nothing(shapes, tmp_path, kills, monkeypatch):
+    chance = random.Random(1)
+    how = deepspeed(2, "parallel.expert=2", "engine_options.offload_optimizer=cpu")
+    keys = overrides(shapes, "train.steps=24", "checkpoint.every=2", *how)
+    checkpoints = tmp_path / "quickstart/checkpoints"
+    for _ in range(kills):
+        monkeypatch.setenv(DELAY, str(chance.choice([0.0, 0.1, 0.4])))
+        ranks = start_ranks(run, 2, free_port(), mp.get_context("forkserver").SimpleQueue(), (tmp_path, keys))
+        time.sleep(chance.uniform(3, 9))
+        for process in ranks:
+            process.kill()
+        for process in ranks:
+            process.join()
+        assert newest(checkpoints)[1] == []
+        if committed(checkpoints) and committed(checkpoints)[-1].name == "step-24":
+            break
+    monkeypatch.delenv(DELAY)
+    assert run_on_ranks(run, 2, tmp_path, keys) == [0, 0]
+    assert not list(checkpoints.glob("*.partial")) and not list(checkpoints.glob("*.broken"))
+    assert run_on_ranks(run, 2, tmp_path / "undisturbed", keys) == [0, 0]
+    assert_same_run(tmp_path, tmp_path / "undisturbed")
+
+
+def test_adam_is_the_same_under_both_engines(shapes, tmp_path):
+    adam = ["optimizer.name=adamw", "optimizer.weight_decay=0.1", "train.steps=6"]
+    curves = []
+    for number, how in enumerate(([], deepspeed(2), deepspeed(1, "engine_options.offload_optimizer=cpu"))):
+        assert run_on_ranks(run, 1, tmp_path / str(number), overrides(shapes, *adam, *how)) == [0]
+        curves.append(curve(tmp_path / str(number)))
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5) and curves[2] == pytest.approx(curves[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_losses_that_stay_non_finite_change_nothing_and_end_the_run(shapes, tmp_path, stage):
+    keys = overrides(shapes, "train.steps=40", "checkpoint.every=1", "optimizer.lr=1e30", *deepspeed(stage))
+    assert run_on_ranks(run, 1, tmp_path, keys) == [1]
+    assert read_metrics(tmp_path / "quickstart/metrics.jsonl")[-1]["skipped"] == 10
+    saved = newest(tmp_path / "quickstart/checkpoints")[0]
+    assert all(tensor.isfinite().all() for tensor in saved.kind("weights").values())
+
+
+# --------------------------------------------------------------------------------------------------------- recipes
+
+
+def test_what_a_recipe_may_set_is_what_deepspeed_knows():
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
+
+    keys = TUNABLE["zero_optimization"]
+    known = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    assert set(keys) <= known
+    assert set(keys["offload_optimizer"]) <= set(DeepSpeedZeroOffloadOptimizerConfig.model_fields)
+    assert set(keys["offload_param"]) <= set(DeepSpeedZeroOffloadParamConfig.model_fields)
+
+
+def test_a_value_that_deepspeed_refuses_is_named():
+    config = config_of(ZeroOptions(config={"zero_optimization": {"reduce_bucket_size": "big"}}), torch.float32, 1)
+    with pytest.raises(ConfigError, match=r"config.zero_optimization.reduce_bucket_size: 'big' is not valid"):
+        check(config)
+
+
+def test_a_bad_value_is_met_before_the_first_step(shapes, tmp_path):
+    keys = overrides(shapes, *deepspeed(2, "engine_options.config={zero_optimization: {sub_group_size: -1}}"))
+    done = ecdit("train", ROOT / "recipes/quickstart.yaml", *keys, "--runs", tmp_path)
+    assert "engine_options: config.zero_optimization.sub_group_size: -1 is not valid" in complaint(done)
+
+
+REFUSED = {
+    ("engine_options.zero=1",): "engine_options.zero: means nothing to engine: megatron",
+    ("engine=deepspeed", "parallel.pipeline=2"): "parallel.pipeline: 2, but engine: deepspeed has no pipeline",
+    ("engine=deepspeed", "train.graph=true"): "train.graph: true, but engine: deepspeed asks the host",
+    ("engine=deepspeed", "engine_options.zero=4"): "engine_options.zero: 4 is not valid",
+    ("engine=deepspeed", "engine_options.zero=0", "train.precision=bf16"): "engine_options.zero: 0 adds gradients up",
+    ("engine=deepspeed", "engine_options.zero=3", "parallel.expert=2"): "parallel.expert: 2, but engine_options.zero",
+    ("engine=deepspeed", "engine_options.zero=3", "parallel.tensor=2"): "parallel.tensor: 2, but engine_options.zero",
+    ("engine=deepspeed", "engine_options.zero=0", "engine_options.offload_optimizer=cpu"):
+        "engine_options.offload_optimizer: cpu needs engine_options.zero: 1 or more, not 0",
+    ("engine=deepspeed", "engine_options.offload_weights=cpu"):
+        "engine_options.offload_weights: cpu needs engine_options.zero: 3, not 2",
+    ("engine=deepspeed", "engine_options.zero=3", "engine_options.offload_optimizer=nvme"):
+        "engine_options.nvme: this folder is needed for offload_optimizer: nvme",
+    ("engine=deepspeed", "engine_options.config={zero_optimization: {reduce_bucket: 5}}"):
+        "engine_options.config.zero_optimization.reduce_bucket: is none of DeepSpeed's keys that a recipe may set; did "
+        "you mean reduce_bucket_size?",
+    ("engine=deepspeed", "engine_options.config={fp16: {enabled: true}}"): "engine_options.config.fp16: is none of",
+    ("engine=deepspeed", "engine_options.config={aio: 5}"): "engine_options.config.aio: 5 is no mapping",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("keys", REFUSED)
+def test_what_deepspeed_cannot_do_is_refused_when_the_recipe_is_read(keys):
+    with pytest.raises(UserError) as error:
+        load_recipe(ROOT / "recipes/quickstart.yaml", keys)
+    assert REFUSED[keys] in str(error.value)
