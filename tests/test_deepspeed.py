@@ -2,7 +2,7 @@
 
 import random
 import time
-from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -33,39 +33,68 @@ def zero(stage, optimizer="none", weights="none"):
     return ZeroOptions(stage, optimizer, weights, config=SMALL if stage == 3 else {})
 
 
-TWO = [Case(Layout(), 2, masked=True, accumulation=2, zero=zero(stage)) for stage in (0, 1, 2, 3)]
-TWO += [Case(Layout(expert=2), 2, accumulation=2, zero=zero(stage)) for stage in (0, 1, 2)]
-TWO += [Case(Layout(expert=2), 2, chunks=2, zero=zero(stage, "cpu")) for stage in (1, 2)]
-TWO += [Case(Layout(), 2, accumulation=2, zero=zero(3, *places)) for places in (("cpu",), ("cpu", "cpu"))]
-TWO += [Case(Layout(), 2, recompute=what, zero=zero(3)) for what in ("moe", "block")]
+def bf16(layout, how=None):
+    return Case(layout, 2, accumulation=4, precision=torch.bfloat16, zero=how)
+
+
+TWO = [
+    Case(Layout(), 2, zero=zero(0)),
+    Case(Layout(), 2, masked=True, accumulation=2, recompute="moe", zero=zero(3)),
+    Case(Layout(), 2, accumulation=2, zero=zero(3, "cpu", "cpu")),
+    Case(Layout(expert=2), 2, masked=True, accumulation=2, zero=zero(2)),
+    Case(Layout(expert=2), 2, accumulation=2, chunks=2, zero=zero(1, "cpu")),
+]
 FOUR = [
     Case(Layout(tensor=2, expert=4, sequence=True), 4, masked=True, zero=zero(2)),
-    Case(Layout(tensor=2, expert=2, expert_tensor=2), 4, accumulation=2, zero=zero(1, "cpu")),
-    Case(Layout(expert=2), 4, routing="token_choice", zero=zero(2, "cpu")),
+    Case(Layout(expert=2), 4, routing="token_choice", zero=zero(1, "cpu")),
     Case(Layout(tensor=2, sequence=True), 4, routing="dense", zero=zero(3)),
-    Case(Layout(tensor=2), 4, zero=zero(0)),
 ]
+ALL_TWO = [
+    Case(layout, 2, masked=True, accumulation=2, recompute=recompute, zero=zero(stage, *places))
+    for layout, recompute, stage, places in product(
+        (Layout(), Layout(expert=2)), ("none", "block"), (0, 1, 2, 3), ((), ("cpu",), ("cpu", "cpu"))
+    )
+    if len(places) <= stage and (len(places) < 2 or stage == 3) and (stage < 3 or layout.expert == 1)
+]
+ALL_FOUR = [
+    Case(layout, 4, accumulation=accumulation, zero=zero(stage, *places))
+    for layout, accumulation, stage, places in product(
+        (
+            Layout(), Layout(expert=4), Layout(expert=2), Layout(tensor=2, expert=2),
+            Layout(tensor=2, expert=2, expert_tensor=2), Layout(tensor=4, expert=4, sequence=True),
+        ),
+        (1, 2), (0, 1, 2, 3), ((), ("cpu",)),
+    )
+    if len(places) <= stage and (stage < 3 or layout == Layout())
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("cases", [TWO, FOUR], ids=["two ranks", "four ranks"])
+@pytest.mark.parametrize(
+    "cases", [TWO, FOUR, *(pytest.param(cases, marks=pytest.mark.slow) for cases in (ALL_TWO, ALL_FOUR))],
+    ids=["two ranks", "four ranks", "all of two ranks", "all of four ranks"],
+)  # fmt: skip
 def test_every_stage_trains_as_the_oracle(cases):
     found = run_on_ranks(train_cases, cases[0].ranks, cases)[0]
     for case, of_case in zip(cases, found, strict=True):
         assert_parity(case, of_case)
 
 
-def test_in_bf16_it_trains_as_engine_megatron_does():
-    plain = Case(Layout(), 2, accumulation=4, precision=torch.bfloat16)
-    spread = replace(plain, layout=Layout(expert=2))
-    cases = [plain, *(replace(plain, zero=zero(*how)) for how in ((1,), (2,), (3,), (2, "cpu")))]
-    cases += [spread, *(replace(spread, zero=zero(*how)) for how in ((1,), (2, "cpu")))]
-    expected = None
-    for case, (losses, _, weights) in zip(cases, run_on_ranks(train_cases, 2, cases)[0], strict=True):
-        if case.zero is None:
-            expected = losses, weights
-            continue
-        assert losses == expected[0], str(case)
-        for name, weight in expected[1].items():
+@pytest.mark.parametrize(
+    ("layout", "how"),
+    [
+        (Layout(), [zero(1), zero(2, "cpu"), zero(3)]),
+        pytest.param(
+            Layout(), [zero(1, "cpu"), zero(2), zero(3, "cpu"), zero(3, "cpu", "cpu")], marks=pytest.mark.slow
+        ),
+        pytest.param(Layout(expert=2), [zero(1), zero(2), zero(2, "cpu")], marks=pytest.mark.slow),
+    ],
+)
+def test_in_bf16_it_trains_as_engine_megatron_does(layout, how):
+    cases = [bf16(layout), *(bf16(layout, one) for one in how)]
+    (expected_losses, _, expected), *found = run_on_ranks(train_cases, 2, cases)[0]
+    for case, (losses, _, weights) in zip(cases[1:], found, strict=True):
+        assert losses == expected_losses, str(case)
+        for name, weight in expected.items():
             assert (weights[name] - weight).norm() <= 1e-6 * weight.norm(), f"{case}: {name}"
 
 
@@ -75,6 +104,10 @@ def test_in_bf16_it_trains_as_engine_megatron_does():
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     return make_shapes(tmp_path_factory.mktemp("deepspeed"))
+
+
+def keys_of(shapes, *more):
+    return overrides(shapes, "model.layers=2", *more)
 
 
 def deepspeed(stage, *more):
@@ -89,7 +122,7 @@ def curve(runs):
 def undisturbed(shapes, tmp_path_factory):
     """A hundred steps of engine megatron, on one rank."""
     runs = tmp_path_factory.mktemp("megatron")
-    assert run_on_ranks(run, 1, runs, overrides(shapes, "train.steps=100")) == [0]
+    assert run_on_ranks(run, 1, runs, keys_of(shapes, "train.steps=100")) == [0]
     return runs
 
 
@@ -104,7 +137,7 @@ def undisturbed(shapes, tmp_path_factory):
     ids=str,
 )
 def test_a_hundred_steps_follow_engine_megatrons_curve(shapes, undisturbed, tmp_path, how):
-    assert run_on_ranks(run, 2, tmp_path, overrides(shapes, "train.steps=100", *how)) == [0, 0]
+    assert run_on_ranks(run, 2, tmp_path, keys_of(shapes, "train.steps=100", *how)) == [0, 0]
     assert curve(tmp_path) == pytest.approx(curve(undisturbed), rel=1e-4)
 
 
@@ -112,42 +145,50 @@ CHAIN = [
     (2, deepspeed(2, "parallel.expert=2")),
     (1, deepspeed(3, "engine_options.offload_optimizer=cpu")),
     (2, ["parallel.expert=2"]),
-    (2, deepspeed(3)),
+    (2, deepspeed(1, "engine_options.offload_optimizer=cpu")),
+]
+LONGER = [
     (4, deepspeed(1, "parallel.tensor=2", "parallel.expert=4", "parallel.sequence=true")),
+    (2, deepspeed(3)),
+    (4, deepspeed(3, "engine_options.offload_optimizer=cpu", "engine_options.offload_weights=cpu")),
+    (4, ["parallel.pipeline=2"]),
+    (1, deepspeed(0)),
     (1, []),
 ]
 
 
-def test_a_run_goes_on_over_engines_stages_and_ranks(shapes, undisturbed, tmp_path):
+@pytest.mark.parametrize("legs", [CHAIN, pytest.param(CHAIN + LONGER, marks=pytest.mark.slow)], ids=len)
+def test_a_run_goes_on_over_engines_stages_and_ranks(shapes, undisturbed, tmp_path, legs):
     steps = 3
-    for leg, (ranks, how) in enumerate(CHAIN, 1):
-        assert run_on_ranks(run, ranks, tmp_path, overrides(shapes, f"train.steps={leg * steps}", *how)) == [0] * ranks
+    for leg, (ranks, how) in enumerate(legs, 1):
+        assert run_on_ranks(run, ranks, tmp_path, keys_of(shapes, f"train.steps={leg * steps}", *how)) == [0] * ranks
     found, expected = (read_metrics(runs / "quickstart/metrics.jsonl") for runs in (tmp_path, undisturbed))
-    assert [record["step"] for record in found] == list(range(1, len(CHAIN) * steps + 1))
+    assert [record["step"] for record in found] == list(range(1, len(legs) * steps + 1))
     for one, other in zip(found, expected, strict=False):
         assert one["sample_ids"] == other["sample_ids"]
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-6), one["step"]
     listed = ecdit("checkpoint", "ls", tmp_path / "quickstart")
     verified = ecdit("checkpoint", "verify", tmp_path / "quickstart")
-    assert listed.returncode == verified.returncode == 0 and "step-18: verified" in verified.stdout
+    assert listed.returncode == verified.returncode == 0 and f"step-{len(legs) * steps}: verified" in verified.stdout
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_kill_9_at_any_moment_loses_nothing(shapes, tmp_path, kills, monkeypatch):
     chance = random.Random(1)
     how = deepspeed(2, "parallel.expert=2", "engine_options.offload_optimizer=cpu")
-    keys = overrides(shapes, "train.steps=24", "checkpoint.every=2", *how)
+    steps = 8 * kills
+    keys = keys_of(shapes, f"train.steps={steps}", "checkpoint.every=2", *how)
     checkpoints = tmp_path / "quickstart/checkpoints"
     for _ in range(kills):
         monkeypatch.setenv(DELAY, str(chance.choice([0.0, 0.1, 0.4])))
         ranks = start_ranks(run, 2, free_port(), mp.get_context("forkserver").SimpleQueue(), (tmp_path, keys))
-        time.sleep(chance.uniform(3, 9))
+        time.sleep(chance.uniform(3, 6))
         for process in ranks:
             process.kill()
         for process in ranks:
             process.join()
         assert newest(checkpoints)[1] == []
-        if committed(checkpoints) and committed(checkpoints)[-1].name == "step-24":
+        if committed(checkpoints) and committed(checkpoints)[-1].name == f"step-{steps}":
             break
     monkeypatch.delenv(DELAY)
     assert run_on_ranks(run, 2, tmp_path, keys) == [0, 0]
@@ -156,18 +197,19 @@ def test_kill_9_at_any_moment_loses_nothing(shapes, tmp_path, kills, monkeypatch
     assert_same_run(tmp_path, tmp_path / "undisturbed")
 
 
+@pytest.mark.slow  # it compiles DeepSpeed's
 def test_adam_is_the_same_under_both_engines(shapes, tmp_path):
     adam = ["optimizer.name=adamw", "optimizer.weight_decay=0.1", "train.steps=6"]
     curves = []
     for number, how in enumerate(([], deepspeed(2), deepspeed(1, "engine_options.offload_optimizer=cpu"))):
-        assert run_on_ranks(run, 1, tmp_path / str(number), overrides(shapes, *adam, *how)) == [0]
+        assert run_on_ranks(run, 1, tmp_path / str(number), keys_of(shapes, *adam, *how)) == [0]
         curves.append(curve(tmp_path / str(number)))
     assert curves[1] == pytest.approx(curves[0], rel=1e-5) and curves[2] == pytest.approx(curves[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 3))])
 def test_losses_that_stay_non_finite_change_nothing_and_end_the_run(shapes, tmp_path, stage):
-    keys = overrides(shapes, "train.steps=40", "checkpoint.every=1", "optimizer.lr=1e30", *deepspeed(stage))
+    keys = keys_of(shapes, "train.steps=40", "checkpoint.every=1", "optimizer.lr=1e30", *deepspeed(stage))
     assert run_on_ranks(run, 1, tmp_path, keys) == [1]
     assert read_metrics(tmp_path / "quickstart/metrics.jsonl")[-1]["skipped"] == 10
     saved = newest(tmp_path / "quickstart/checkpoints")[0]
@@ -198,7 +240,7 @@ def test_a_value_that_deepspeed_refuses_is_named():
 
 
 def test_a_bad_value_is_met_before_the_first_step(shapes, tmp_path):
-    keys = overrides(shapes, *deepspeed(2, "engine_options.config={zero_optimization: {sub_group_size: -1}}"))
+    keys = keys_of(shapes, *deepspeed(2, "engine_options.config={zero_optimization: {sub_group_size: -1}}"))
     done = ecdit("train", ROOT / "recipes/quickstart.yaml", *keys, "--runs", tmp_path)
     assert "engine_options: config.zero_optimization.sub_group_size: -1 is not valid" in complaint(done)
 
