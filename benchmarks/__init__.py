@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks import checkpoint, data, kernels, moe, plan
+from benchmarks import checkpoint, data, engines, kernels, moe, plan
 from benchmarks.harness import Row, machine
 
 BENCHMARKS = {
@@ -12,6 +12,7 @@ BENCHMARKS = {
     "kernels": kernels.rows,
     "checkpoint": checkpoint.rows,
     "plan": plan.rows,
+    "engines": engines.rows,
     "data": data.rows,
 }
 

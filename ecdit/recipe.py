@@ -310,7 +310,9 @@ class ClusterRecipe(Section):
     tasks_per_node: PositiveInt | None = Field(None, description="Tasks of a node; null: one a GPU.")
     cpus_per_task: PositiveInt = Field(8, description="Cores of a task.")
     exclusive: bool = Field(True, description="Whole nodes, with all of their memory.")
-    gpu: str = Field("h100", description="What `ecdit plan` plans for: a100, h100, h200, b200, or a YAML file.")
+    gpu: str = Field(
+        "h100", description="What `ecdit plan` plans for: a100, h100, h200, b200, rtx4090, or a YAML file."
+    )
     time: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")] = Field(
         "1-00:00:00", description="Time limit of one attempt; the job requeues itself until the run is done."
     )

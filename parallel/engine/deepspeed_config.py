@@ -6,6 +6,10 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+BUCKET = 50_000_000  # elements of gradients that are reduced at once; DeepSpeed's default needs ten times the memory
+SUB_GROUP = 100_000_000  # elements of weights that stage 3 updates at once
+HELD_ON_A_DISK = 5  # tensors of each of these: master, gradient, both states, average
+
 
 @dataclass(frozen=True)
 class ZeroOptions:
@@ -41,11 +45,21 @@ def config_of(options: ZeroOptions, dtype: torch.dtype, data_ranks: int) -> dict
     """DeepSpeed's JSON. dtype: of the compute."""
     # DeepSpeed's "memory-efficient" linear, of stage 3, takes the place of torch's in the whole process, and rounds
     # otherwise under bf16
-    zero: dict[str, Any] = {"stage": options.stage, "overlap_comm": False, "memory_efficient_linear": False}
+    zero: dict[str, Any] = {
+        "stage": options.stage,
+        "overlap_comm": False,
+        "memory_efficient_linear": False,
+        "reduce_bucket_size": BUCKET,
+        "sub_group_size": SUB_GROUP,
+    }
+    if options.stage == 2 and options.offload_optimizer == "none":
+        zero["compute_grad_norm"] = False  # the engine has its own; elsewhere DeepSpeed insists
     for key, place in (("offload_optimizer", options.offload_optimizer), ("offload_param", options.offload_weights)):
         if place != "none":
             zero[key] = {"device": place, "pin_memory": options.pinned and torch.cuda.is_available()}
             zero[key] |= {"nvme_path": options.nvme} if place == "nvme" else {}
+    if options.offload_optimizer == "nvme":
+        zero["offload_optimizer"]["buffer_count"] = HELD_ON_A_DISK
     made = {
         # the training loop counts micro-batches, and says which is a step's last
         "train_micro_batch_size_per_gpu": 1,
