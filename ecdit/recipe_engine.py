@@ -74,6 +74,11 @@ def engine_fits(recipe: "Recipe") -> None:
         raise ValueError("@model.routing: megatron_topk is megatron-core's layer; take engine: megatron")
     _stage_fits(recipe)
     _offload_fits(options)
+    if options.offload_weights == "nvme" and recipe.train.precision == "fp32":
+        raise ValueError(
+            "@engine_options.offload_weights: nvme keeps weights in bf16, whatever they are; try cpu, or "
+            "train.precision: bf16"
+        )
     _known(options.config, TUNABLE, "engine_options.config")
 
 

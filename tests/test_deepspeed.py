@@ -14,6 +14,7 @@ from ecdit.recipe_engine import TUNABLE
 from parallel.checkpoint.folder import committed, newest
 from parallel.checkpoint.store import DELAY
 from parallel.engine.deepspeed_config import ConfigError, ZeroOptions, check, config_of
+from parallel.engine.deepspeed_import import has_async_io
 from parallel.topology import Layout
 from tests.command import ecdit
 from tests.layouts import Case, train_cases
@@ -172,6 +173,20 @@ def test_a_run_goes_on_over_engines_stages_and_ranks(shapes, undisturbed, tmp_pa
     assert listed.returncode == verified.returncode == 0 and f"step-{len(legs) * steps}: verified" in verified.stdout
 
 
+@pytest.mark.slow  # it compiles what reads and writes the disk
+def test_a_run_whose_optimizer_is_on_a_disk_goes_on_as_any_other(shapes, undisturbed, tmp_path):
+    if not has_async_io():
+        pytest.skip("libaio's headers are not here")
+    there = ["engine_options.offload_optimizer=nvme", f"engine_options.nvme={tmp_path / 'disk'}"]
+    # parts of a flat that are worth a file have a million bytes
+    wide = ["model.width=256", "train.batch=16", "train.micro_batch=8"]
+    for runs, hows in ((tmp_path, (deepspeed(3, *there), deepspeed(3, *there), [])), (tmp_path / "memory", ([],) * 3)):
+        for leg, how in enumerate(hows, 1):
+            keys = keys_of(shapes, f"train.steps={2 * leg}", *wide, *how)
+            assert run_on_ranks(run, 2, runs, keys) == [0, 0]
+    assert curve(tmp_path) == pytest.approx(curve(tmp_path / "memory"), rel=1e-6)
+
+
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_kill_9_at_any_moment_loses_nothing(shapes, tmp_path, kills, monkeypatch):
     chance = random.Random(1)
@@ -259,6 +274,8 @@ REFUSED = {
         "engine_options.offload_weights: cpu needs engine_options.zero: 3, not 2",
     ("engine=deepspeed", "engine_options.zero=3", "engine_options.offload_optimizer=nvme"):
         "engine_options.nvme: this folder is needed for offload_optimizer: nvme",
+    ("engine=deepspeed", "engine_options.zero=3", "engine_options.offload_weights=nvme", "engine_options.nvme=x"):
+        "engine_options.offload_weights: nvme keeps weights in bf16",
     ("engine=deepspeed", "engine_options.config={zero_optimization: {reduce_bucket: 5}}"):
         "engine_options.config.zero_optimization.reduce_bucket: is none of DeepSpeed's keys that a recipe may set; did "
         "you mean reduce_bucket_size?",

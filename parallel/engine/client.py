@@ -52,7 +52,8 @@ class ClientOptimizer(torch.optim.Optimizer):
         self.spans: dict[Tensor, Sequence[FlatSpan]] = {}
         self.updates = 0
         self._lr, self._factor, self._applied = 0.0, 1.0, False
-        self._made: dict[tuple[int, ...], tuple[Any, Ema]] = {}
+        # for the flats that are handed over together: where they and their states lay, and what updates them
+        self._made: dict[tuple[int, ...], tuple[tuple[int, ...], Any, Ema]] = {}
 
     def begin(self, lr: float, factor: float, *, applied: bool) -> None:
         """Before a step's flats are handed over: the learning rate, what gradients are multiplied by, and whether
@@ -90,21 +91,23 @@ class ClientOptimizer(torch.optim.Optimizer):
         """What updates them, kept as long as they lie where they lay: DeepSpeed moves what it keeps on a disk."""
         for flat, _ in spans:
             self.prepare(flat)
-        key = tuple(t.data_ptr() for flat in dict.fromkeys(f for f, _ in spans) for t in (flat, *self._states(flat)))
-        if key not in self._made:
+        flats = dict.fromkeys(flat for flat, _ in spans)
+        key = tuple(id(flat) for flat in flats)
+        places = tuple(t.data_ptr() for flat in flats for t in (flat, *self.states(flat).values()))
+        if self._made.get(key, ((),))[0] != places:
             masters = [span.of(flat.detach().view(-1)) for flat, span in spans]
             slices = [
                 Slice(master, span.number, span.decay, counted=span.counted)
                 for master, (_, span) in zip(masters, spans, strict=True)
             ]
             states = {kind: [span.of(self.state[flat][kind]) for flat, span in spans] for kind in STATES}
-            self._made = {k: made for k, made in self._made.items() if not set(k) & set(key)}
             average = Ema(masters, self._settings.ema, states.pop(AVERAGE))
-            self._made[key] = (self._make(slices, states), average)
-        return self._made[key]
+            self._made[key] = (places, self._make(slices, states), average)
+        return self._made[key][1:]
 
-    def _states(self, flat: Tensor) -> list[Tensor]:
-        return [self.state[flat][kind] for kind in STATES]
+    def states(self, flat: Tensor) -> dict[str, Tensor]:
+        """Of a flat, by kind."""
+        return {kind: self.state[flat][kind] for kind in STATES}
 
     def _make(self, slices: list[Slice], states: dict[str, list[Tensor]]) -> RmspropMomentum | TorchRmsprop | AdamW:
         name, decay = self._settings.name, self._settings.weight_decay

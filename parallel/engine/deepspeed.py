@@ -71,6 +71,7 @@ class DeepSpeedEngine:
         for number, flat in enumerate(self._flats.flats):
             with self._flats.held(number):
                 self._client.prepare(flat.master)
+        self._lent: list[dict[str, Tensor]] = []  # what `state` has returned views of, until the next update
 
     # ---------------------------------------------------------------------------------------------------- what is where
 
@@ -143,6 +144,7 @@ class DeepSpeedEngine:
 
     def update(self, lr: float | Tensor, finite: Tensor | None = None) -> Update:
         """One update, unless a gradient or the loss is not finite: then nothing changes. The host waits."""
+        self._lent = []
         squares = torch.zeros((), device=self.topology.device)
         for number, flat in enumerate(self._flats.flats):
             if any(span.counted for span in self._client.spans[flat.master]):
@@ -180,14 +182,20 @@ class DeepSpeedEngine:
 
     def state(self) -> dict[str, Boxes]:
         """What this rank keeps of everything that an update depends on, as views: saving reads them, loading writes."""
-        kinds = {"weights": lambda flat: flat.master.detach().view(-1)}
-        kinds |= {kind: (lambda flat, kind=kind: self._client.state[flat.master][kind]) for kind in STATES}
+        self._lent = [self._values(number) for number in range(len(self._flats.flats))]
         names = {AVERAGE: "ema"}
         return {
             f"{names.get(kind, kind)}/{name}": boxes
-            for kind, values in kinds.items()
-            for name, boxes in self._boxes([values(flat) for flat in self._flats.flats]).items()
+            for kind in ("weights", *STATES)
+            for name, boxes in self._boxes([values[kind] for values in self._lent]).items()
         }
+
+    def _values(self, number: int) -> dict[str, Tensor]:
+        """A flat and its states; of what is on a disk, copies."""
+        flat = self._flats.flats[number].master
+        with self._flats.held(number):
+            values = {"weights": flat.detach().view(-1), **self._client.states(flat)}
+            return {kind: value.clone() for kind, value in values.items()} if self._flats.on_disk(number) else values
 
     def gradients(self) -> dict[str, Boxes]:
         """What this rank keeps of the gradients that `accumulate` left."""
@@ -206,6 +214,14 @@ class DeepSpeedEngine:
         """To be called when `state` has been written into: the model gets the weights as they were after that many
         updates."""
         self._client.updates = updates
+        for number, values in enumerate(self._lent):
+            if self._flats.on_disk(number):
+                flat = self._flats.flats[number].master
+                with self._flats.held(number):
+                    held = {"weights": flat.detach().view(-1), **self._client.states(flat)}
+                    for kind, value in values.items():
+                        held[kind].copy_(value)
+        self._lent = []
         self._flats.publish()
 
 

@@ -42,6 +42,9 @@ class Flats(Protocol):
     def publish(self) -> None:
         """Writes the masters into the model's weights, on every rank."""
 
+    def on_disk(self, number: int) -> bool:
+        """Whether a flat and its states are there."""
+
     def held(self, number: int) -> AbstractContextManager[None]:
         """Within it, a flat and its states are in memory, and what is written to them stays."""
 
@@ -68,6 +71,9 @@ class WholeWeights:
 
     def publish(self) -> None:
         """They are the model's."""
+
+    def on_disk(self, number: int) -> bool:
+        return False
 
     def held(self, number: int) -> AbstractContextManager[None]:
         return nullcontext()
@@ -102,6 +108,9 @@ class PartsOfGroups:
 
     def publish(self) -> None:
         self._optimizer.update_lp_params()
+
+    def on_disk(self, number: int) -> bool:
+        return False
 
     def held(self, number: int) -> AbstractContextManager[None]:
         return nullcontext()
@@ -151,9 +160,12 @@ class PartsOfWeights:
         if optimizer.persistent_parameters:  # small ones, which every rank has whole
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
+    def on_disk(self, number: int) -> bool:
+        return self._optimizer._swappable_optimizer_subgroup(number)
+
     @contextmanager
     def held(self, number: int) -> Iterator[None]:
-        if not self._optimizer._swappable_optimizer_subgroup(number):
+        if not self.on_disk(number):
             yield
             return
         self._optimizer._optimizer_states_and_gradient_swap_in(number)
