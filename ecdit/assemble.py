@@ -10,8 +10,9 @@ from ecdit.recipe import Recipe
 from parallel import topology
 from parallel.engine import Engine, UpdateSettings
 from parallel.engine.deepspeed_config import ConfigError, ZeroOptions
-from parallel.engine.deepspeed_import import has_async_io, is_installed
+from parallel.engine.deepspeed_import import has_async_io
 from parallel.engine.megatron import MegatronEngine
+from parallel.installed import has_deepspeed
 from parallel.precision import KINDS, Fp8
 from parallel.spread.ranks import RankSpread
 from parallel.topology import Layout, LayoutError, Topology
@@ -64,7 +65,7 @@ def check_libraries(recipe: Recipe, place: Topology) -> None:
 
 def check_deepspeed(recipe: Recipe) -> None:
     """Raises UserError where the engine, or what it needs for a disk, is not here."""
-    if not is_installed():
+    if not has_deepspeed():
         raise UserError(
             "engine: deepspeed needs DeepSpeed; install the extra `ecdit[deepspeed]`, or try engine: megatron"
         )
@@ -97,14 +98,20 @@ def assemble_engine(recipe: Recipe, place: Topology) -> Engine:
     """The engine with its model."""
     optimizer = recipe.optimizer
     settings = UpdateSettings(optimizer.name, optimizer.weight_decay, optimizer.clip, optimizer.ema)
+    model = assemble_model(recipe, place)
     if recipe.engine == "megatron":
-        return MegatronEngine(assemble_model(recipe, place), place, settings)
-    from parallel.engine.deepspeed import DeepSpeedEngine
+        engine: Engine = MegatronEngine(model, place, settings)
+    else:
+        from parallel.engine.deepspeed import DeepSpeedEngine
 
-    try:
-        return DeepSpeedEngine(assemble_model(recipe, place), place, settings, zero_options(recipe))
-    except ConfigError as error:
-        raise UserError(f"engine_options: {error}") from None
+        try:
+            engine = DeepSpeedEngine(model, place, settings, zero_options(recipe))
+        except ConfigError as error:
+            raise UserError(f"engine_options: {error}") from None
+    if place.first:
+        for message in engine.told:
+            print(message, file=sys.stderr)
+    return engine
 
 
 def zero_options(recipe: Recipe) -> ZeroOptions:

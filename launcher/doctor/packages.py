@@ -6,10 +6,10 @@ import platform
 import re
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from launcher.doctor.ask import probe
 from launcher.doctor.finding import BROKEN, MISSING, OK, WARNING, Finding
+from parallel.installed import apex_kind
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ TRANSFORMER_ENGINE = Package(
 OPTIONAL = (
     Package("transformers", ">=4.50", "encoders", "no T5 text encoder; data.text_encoder: hash alone"),
     Package("diffusers", ">=0.35", "encoders", "no AutoencoderKL; data.autoencoder: pixels alone"),
-    Package("deepspeed", ">=0.19", "deepspeed", "nothing in this version, whose one engine is megatron"),
+    Package("deepspeed", ">=0.19", "deepspeed", "no engine: deepspeed, so no offload to host memory or disk"),
     Package("wandb", ">=0.18", "wandb", "no log.wandb; metrics.jsonl and TensorBoard are written without it"),
     Package("requests", ">=2.32", "eval", "no server that answers for ecdit evaluate --suite dsg"),
 )
@@ -127,21 +127,11 @@ def apex() -> list[Finding]:
     kind, version = apex_kind(), version_of("apex")
     if kind == "nvidia":
         if importlib.util.find_spec("amp_C") is None:
-            costs = "it was built without --cuda_ext, so libraries that look for it may fail; nothing here needs it"
+            costs = "built without --cuda_ext: libraries that look for it may fail; products do not add gradients up"
             return [Finding("apex", WARNING, f"NVIDIA's, {version or 'from source'}, without its kernels", costs)]
         return [Finding("apex", OK, f"NVIDIA's, {version or 'from source'}, with its kernels")]
     if kind == "other":
         found = f"not NVIDIA's but another package of that name, {version or 'of unknown version'}"
         return [Finding("apex", WARNING, found, "libraries may take it for NVIDIA's; pip uninstall apex")]
-    costs = "nothing: megatron-core uses torch's own; `pip install apex` would install an unrelated package"
+    costs = "products do not add gradients up, which takes a pass more; `pip install apex` is an unrelated package"
     return [Finding("apex", MISSING, "not installed", costs)]
-
-
-def apex_kind() -> str | None:
-    """ "nvidia", "other" for the unrelated package of that name, or None. Nothing of either is executed."""
-    found = importlib.util.find_spec("apex")
-    if found is None:
-        return None
-    places = [Path(place) for place in found.submodule_search_locations or []]
-    own = ("multi_tensor_apply", "optimizers", "normalization")
-    return "nvidia" if any(all((place / name).is_dir() for name in own) for place in places) else "other"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from parallel.checkpoint.boxes import Boxes
 from parallel.engine import Loss, Update, UpdateSettings
 from parallel.engine.client import AVERAGE, STATES, ClientOptimizer, FlatSpan
+from parallel.engine.deepspeed_adam import whose
 from parallel.engine.deepspeed_config import ConfigError, ZeroOptions, check, config_of
 from parallel.engine.deepspeed_import import import_deepspeed
 from parallel.engine.sharding import Catalogue, Span, units_of
@@ -71,6 +72,7 @@ class DeepSpeedEngine:
         for number, flat in enumerate(self._flats.flats):
             with self._flats.held(number):
                 self._client.prepare(flat.master)
+        self.told = self._tell(options)
         self._lent: list[dict[str, Tensor]] = []  # what `state` has returned views of, until the next update
 
     # ---------------------------------------------------------------------------------------------------- what is where
@@ -128,6 +130,13 @@ class DeepSpeedEngine:
     def _sum(self, values: Tensor) -> Tensor:
         """Over all ranks; values may be in the host's memory."""
         return self.topology.sum(values.to(self.topology.device)).to(values.device)
+
+    def _tell(self, options: ZeroOptions) -> list[str]:
+        elements = sum(span.count for flat in self._flats.flats for span in self._client.spans[flat.master])
+        told = [f"DeepSpeed, ZeRO stage {options.stage}: this rank updates {elements:,} of the model's weights."]
+        if self.settings.name == "adamw":
+            told.append(f"Adam's arithmetic is {whose(self._flats.flats[0].master.device.type)}'s.")
+        return told
 
     # ----------------------------------------------------------------------------------------------------------- a step
 

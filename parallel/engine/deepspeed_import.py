@@ -3,16 +3,10 @@
 import logging
 import os
 from contextlib import redirect_stdout
-from importlib.util import find_spec
 from io import StringIO
 from types import ModuleType
 
 import torch
-
-
-def is_installed() -> bool:
-    """Whether there is one; nothing of it is run."""
-    return find_spec("deepspeed") is not None
 
 
 def import_deepspeed() -> ModuleType:

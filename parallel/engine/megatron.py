@@ -19,6 +19,7 @@ from megatron.core.distributed import (
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
+from parallel.apex import accumulate_in_products
 from parallel.checkpoint.boxes import Boxes
 from parallel.engine import Loss, Update, UpdateSettings
 from parallel.engine.adamw import AdamW
@@ -61,6 +62,8 @@ class MegatronEngine:
             model,
             pg_collection=groups,
         )
+        # DDP has made the sums by now
+        self.told = list(filter(None, [accumulate_in_products(model)]))
         self._pipeline = Pipeline(self._ddp, topology) if groups.pp.size() > 1 else None
         self._catalogue = Catalogue(names, topology)
         copy = groups.tp.rank() > 0
