@@ -2,7 +2,7 @@
 
 import random
 import time
-from itertools import product
+from itertools import islice, product
 
 import pytest
 import torch
@@ -70,10 +70,17 @@ ALL_FOUR = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "cases", [TWO, FOUR, *(pytest.param(cases, marks=pytest.mark.slow) for cases in (ALL_TWO, ALL_FOUR))],
-    ids=["two ranks", "four ranks", "all of two ranks", "all of four ranks"],
-)  # fmt: skip
+def lots(cases):
+    """A few in a job, which keeps the groups of all."""
+    every = iter(cases)
+    while lot := list(islice(every, 6)):
+        yield lot
+
+
+SLOW = [pytest.param(lot, marks=pytest.mark.slow) for every in (ALL_TWO, ALL_FOUR) for lot in lots(every)]
+
+
+@pytest.mark.parametrize("cases", [TWO, FOUR, *SLOW], ids=lambda cases: f"{cases[0]} and {len(cases) - 1} more")
 def test_every_stage_trains_as_the_oracle(cases):
     found = run_on_ranks(train_cases, cases[0].ranks, cases)[0]
     for case, of_case in zip(cases, found, strict=True):
