@@ -35,6 +35,7 @@ NEEDED = (
 TRANSFORMER_ENGINE = Package(
     "transformer-engine", ">=2.9,<2.12", "te", "no train.linears: transformer_engine, no model.routing: megatron_topk"
 )
+DEEPSPEEDS_DISK = "DeepSpeed's disk"
 OPTIONAL = (
     Package("transformers", ">=4.50", "encoders", "no T5 text encoder; data.text_encoder: hash alone"),
     Package("diffusers", ">=0.35", "encoders", "no AutoencoderKL; data.autoencoder: pixels alone"),
@@ -120,6 +121,25 @@ def triton() -> list[Finding]:
 def optional() -> list[Finding]:
     """By their versions alone: they are slow to import."""
     return [judge(one, version_of(one.name)) for one in OPTIONAL]
+
+
+def deepspeed() -> list[Finding]:
+    """What it builds on this machine when it is first used."""
+    builds = (
+        ("DeepSpeed's Adam", "adam", "optimizer.name: adamw on offloaded weights takes torch's arithmetic"),
+        (DEEPSPEEDS_DISK, "async-io", "no engine_options.offload_optimizer or offload_weights: nvme"),
+    )
+    if version_of("deepspeed") is None:
+        return [Finding(name, MISSING, "DeepSpeed is not installed", costs) for name, _, costs in builds]
+    found = probe("deepspeed")
+    return [judge_build(name, found[asked], costs) for name, asked, costs in builds]
+
+
+def judge_build(name: str, found: dict, costs: str) -> Finding:
+    """found: whether it works, and why not."""
+    if found.get("works"):
+        return Finding(name, OK, "can be built here, at its first use")
+    return Finding(name, MISSING, f"cannot be built: {found.get('error') or found['why']}", costs)
 
 
 def apex() -> list[Finding]:
