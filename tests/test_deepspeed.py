@@ -7,17 +7,24 @@ from itertools import islice, product
 import pytest
 import torch
 import torch.multiprocessing as mp
+from megatron.core import parallel_state
 
 from ecdit import UserError, load_recipe
 from ecdit.callbacks.metrics import read_metrics
 from ecdit.recipe_engine import TUNABLE
+from ecdit.recipe_io import change_recipe
+from launcher.plan import plan
+from launcher.plan.gpus import GPUS
+from launcher.plan.spread import Place
+from launcher.plan.zero import held
+from parallel import topology
 from parallel.checkpoint.folder import committed, newest
 from parallel.checkpoint.store import DELAY
 from parallel.engine.deepspeed_config import ConfigError, ZeroOptions, check, config_of
 from parallel.engine.deepspeed_import import has_async_io
 from parallel.topology import Layout
 from tests.command import ecdit
-from tests.layouts import Case, train_cases
+from tests.layouts import Case, build, train_cases
 from tests.ranks import free_port, run_on_ranks, start_ranks
 from tests.test_parallel import assert_parity
 from tests.test_resume import assert_same_run, overrides, run
@@ -104,6 +111,52 @@ def test_in_bf16_it_trains_as_engine_megatron_does(layout, how):
         assert losses == expected_losses, str(case)
         for name, weight in expected.items():
             assert (weights[name] - weight).norm() <= 1e-6 * weight.norm(), f"{case}: {name}"
+
+
+def hold(cases):
+    """Bytes that this rank holds of each kind, for each case."""
+    found = []
+    for case in cases:
+        place = topology.start(case.layout, 1)
+        _, engine = build(case, place)
+        wrapped, masters = engine._deepspeed.optimizer, [flat.master for flat in engine._flats.flats]
+        stored = [weight.ds_tensor for weight in engine.model.parameters()] if case.zero.stage == 3 else None
+        weights = stored or getattr(wrapped, "bit16_groups_flat", None) or wrapped.bf16_groups_flat
+        states = [engine._client.states(master) for master in masters]
+        found.append(
+            {
+                "weights": sum(tensor.nbytes for tensor in weights),
+                "master weights": sum(master.nbytes for master in masters),
+                "optimizer states": sum(one[kind].nbytes for one in states for kind in ("square", "momentum")),
+                "EMA": sum(one["average"].nbytes for one in states),
+            }
+        )
+        parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+    return found
+
+
+def test_the_plan_knows_what_a_rank_holds():
+    cases = [bf16(Layout(), zero(1)), bf16(Layout(expert=2), zero(2)), bf16(Layout(expert=2), zero(2, "cpu"))]
+    cases += [bf16(Layout(), zero(3)), bf16(Layout(), zero(3, "cpu", "cpu"))]
+    for case, expected in zip(cases, run_on_ranks(hold, 2, cases)[0], strict=True):
+        options = case.zero
+        keys = [f"engine_options.offload_optimizer={options.offload_optimizer}", f"engine_options.zero={options.stage}"]
+        keys += [f"engine_options.offload_weights={options.offload_weights}", f"parallel.expert={case.layout.expert}"]
+        recipe = change_recipe(case.recipe(), ["engine=deepspeed", "train.precision=bf16", *keys], "a case")
+        parts = held(recipe, Place(case.layout, 2), 2)
+        assert parts.disk == {} and {kind: (parts.gpu | parts.host)[kind] for kind in expected} == expected, str(case)
+        assert ("EMA" in parts.host) == (options.offload_optimizer == "cpu")
+        assert ("weights" in parts.host) == (options.offload_weights == "cpu")
+
+
+def test_the_largest_model_for_one_card_is_planned_to_fit():
+    """EC-DiT-XL-8E on 24 GB, as its recipe says; without offload it does not fit."""
+    recipe = load_recipe(ROOT / "recipes/xl_8e_1gpu.yaml")
+    made = plan(recipe, 1, 1, GPUS["rtx4090"])
+    assert made.margin > 0 and sum(made.worst.host.values()) > 16 * made.parameters
+    resident = load_recipe(ROOT / "recipes/xl_8e_1gpu.yaml", ["engine_options.offload_optimizer=none"])
+    assert plan(resident, 1, 1, GPUS["rtx4090"]).margin < 0
 
 
 # ------------------------------------------------------------------------------------------------------ whole runs

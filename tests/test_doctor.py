@@ -495,7 +495,7 @@ def test_a_disk_for_offload_is_missed():
     ]
     lacking = [replace(one, state=MISSING) if one.name == packages.DEEPSPEEDS_DISK else one for one in findings()]
     with pytest.raises(UserError, match=r"^engine_options.offload_optimizer: nvme needs DeepSpeed's disk"):
-        doctor.require(lacking, load_recipe(QUICKSTART, keys))
+        doctor.require(lacking, load_recipe(QUICKSTART, ["engine=deepspeed", *keys]))
 
 
 @pytest.mark.parametrize(
