@@ -77,8 +77,9 @@ class ClientOptimizer(torch.optim.Optimizer):
             return
         flats = [flat for group in self.param_groups for flat in group["params"]]
         spans = [(flat, span) for flat in flats for span in self.spans[flat]]
-        if not spans:  # padding alone; the other ranks sum
-            self._sum(torch.zeros(len(self._unit_numels), device=flats[0].device))
+        if not spans:  # padding alone
+            if self._settings.name == "rmsprop_momentum":  # the other ranks sum over units
+                self._sum(torch.zeros(len(self._unit_numels), device=flats[0].device))
             return
         gradients = [span.of(flat.grad.view(-1)) for flat, span in spans]
         torch._foreach_mul_(gradients, self._factor)

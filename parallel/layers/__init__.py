@@ -39,7 +39,8 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., i) -> (..., o), or (..., o / n) where the outputs are split."""
-        if self.gradient_accumulation_fusion and torch.is_grad_enabled():
+        # torch.compile does not read the extension
+        if self.gradient_accumulation_fusion and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             out = apex.AccumulatingLinear.apply(x, self.weight)
             return out if self.bias is None else out + self.bias
         return F.linear(x, self.weight, self.bias)
