@@ -323,7 +323,8 @@ class Trainer:
         source.check(self.topology.rank, self.topology.ranks)
         for message in fill_state(self.recipe, source, self.engine.state()):
             self._tell(message)
-        self.engine.loaded(0)
+        self.progress.updates = source.updates_for(self.recipe)
+        self.engine.loaded(self.progress.updates)
 
     def _report(self, record: dict[str, Any]) -> None:
         self._notify(lambda callback: callback.on_step(self, record))

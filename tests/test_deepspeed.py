@@ -233,6 +233,21 @@ def test_a_run_goes_on_over_engines_stages_and_ranks(shapes, undisturbed, tmp_pa
     assert listed.returncode == verified.returncode == 0 and f"step-{len(legs) * steps}: verified" in verified.stdout
 
 
+@pytest.mark.parametrize("optimizer", ["rmsprop_momentum", "torch_rmsprop"])
+def test_a_new_run_takes_the_other_engines_states(shapes, tmp_path, optimizer):
+    """States are kept where both have them: the same optimizer."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    assert run_on_ranks(run, 1, before, keys_of(shapes, "train.steps=3")) == [0]
+    start = [f"init_from={before / 'quickstart'}", f"optimizer.name={optimizer}", "train.steps=1"]
+    assert run_on_ranks(run, 2, after, keys_of(shapes, *start, *deepspeed(2, "parallel.expert=2"))) == [0, 0]
+    saved = newest(after / "quickstart/checkpoints")[0]
+    assert saved.meta["updates"] == (4 if optimizer == "rmsprop_momentum" else 1)
+    squares, old = saved.kind("square"), newest(before / "quickstart/checkpoints")[0].kind("square")
+    # an update leaves 95 parts in 100 of a square, and adds some
+    kept = all((squares[name] >= 0.94 * old[name]).all() for name in old)
+    assert kept == (optimizer == "rmsprop_momentum")
+
+
 @pytest.mark.slow  # it compiles what reads and writes the disk
 def test_a_run_whose_optimizer_is_on_a_disk_goes_on_as_any_other(shapes, undisturbed, tmp_path):
     if not has_async_io():
