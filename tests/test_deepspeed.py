@@ -26,7 +26,7 @@ from parallel.topology import Layout
 from tests.command import ecdit
 from tests.layouts import Case, build, train_cases
 from tests.ranks import free_port, run_on_ranks, start_ranks
-from tests.test_parallel import assert_parity
+from tests.test_parallel import COMPILER, assert_parity
 from tests.test_resume import assert_same_run, overrides, run
 from tests.test_train import ROOT, complaint
 from tests.tiny_runs import make_shapes
@@ -92,6 +92,13 @@ def test_every_stage_trains_as_the_oracle(cases):
     found = run_on_ranks(train_cases, cases[0].ranks, cases)[0]
     for case, of_case in zip(cases, found, strict=True):
         assert_parity(case, of_case)
+
+
+@COMPILER
+@pytest.mark.slow
+def test_compiled_blocks_train_as_the_oracle_too():
+    case = Case(Layout(), 2, accumulation=2, compiled=True, zero=zero(2))
+    assert_parity(case, run_on_ranks(train_cases, 2, [case])[0][0])
 
 
 @pytest.mark.parametrize(
