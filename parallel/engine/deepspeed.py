@@ -35,9 +35,7 @@ class DeepSpeedEngine:
     """See `parallel.engine.Engine`. Takes the model as it shall compute (bf16 or fp32); masters are fp32."""
 
     def __init__(self, model: nn.Module, topology: Topology, settings: UpdateSettings, options: ZeroOptions):
-        library = import_deepspeed()
-        from deepspeed.utils import set_z3_leaf_module
-
+        import_deepspeed()
         self.topology, self.settings, self.model = topology, settings, model
         weights = {weight: name for name, weight in named_parameters(model)}
         self._catalogue = Catalogue(weights, topology)
@@ -48,24 +46,9 @@ class DeepSpeedEngine:
         self._copies = {weight for weight in weights if copy and is_whole(weight) and not weight.expert}
         self._decays = {weight: weight.ndim > 1 for weight in weights}
         apart = _experts_reduced_apart(model, topology)
-        wrapped = _WithLoss(model)
-        for module in model.modules():
-            if getattr(module, "gathered_whole", False):
-                set_z3_leaf_module(module, True)
-        if apart:
-            wrapped.experts = _expert_groups(topology)
         self._sum_over_tensor_ranks(weights)
         self._client = ClientOptimizer(self._groups(weights, apart), settings, self._catalogue.unit_numels, self._sum)
-        if options.stage == 3 and topology.device.index not in (None, int(os.environ.get("LOCAL_RANK", 0))):
-            raise ConfigError("zero: 3 needs every rank to see all GPUs of its node; let the scheduler hide none")
-        config = config_of(options, next(model.parameters()).dtype, topology.data_ranks)
-        check(config)
-        with redirect_stdout(StringIO()), _device_told(topology.device):  # it tells of its memory there
-            # over the process groups that there are already
-            library.init_distributed("nccl" if topology.device.type == "cuda" else "gloo", dist_init_required=False)
-            self._deepspeed, *_ = library.initialize(
-                model=wrapped, optimizer=self._client, config=config, mpu=_Mpu(topology), dist_init_required=False
-            )
+        self._deepspeed = self._start(_WithLoss(model, _expert_groups(topology) if apart else None), options)
         self._flats = flats_of(self._deepspeed.optimizer, options.stage, numels, self._later(weights))
         for flat in self._flats.flats:
             self._client.spans[flat.master] = list(self._spans(flat, weights, units))
@@ -74,6 +57,26 @@ class DeepSpeedEngine:
                 self._client.prepare(flat.master)
         self.told = self._tell(options)
         self._lent: list[dict[str, Tensor]] = []  # what `state` has returned views of, until the next update
+
+    def _start(self, wrapped: "_WithLoss", options: ZeroOptions) -> Any:
+        """DeepSpeed's engine, over the process groups that there are already. Raises ConfigError."""
+        import deepspeed
+        from deepspeed.utils import set_z3_leaf_module
+
+        device = self.topology.device
+        if options.stage == 3 and device.index not in (None, int(os.environ.get("LOCAL_RANK", 0))):
+            raise ConfigError("zero: 3 needs every rank to see all GPUs of its node; let the scheduler hide none")
+        config = config_of(options, next(self.model.parameters()).dtype, self.topology.data_ranks)
+        check(config)
+        for module in self.model.modules():
+            if getattr(module, "gathered_whole", False):
+                set_z3_leaf_module(module, True)
+        with redirect_stdout(StringIO()), _device_told(device):  # it tells of its memory there
+            deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", dist_init_required=False)
+            engine, *_ = deepspeed.initialize(
+                model=wrapped, optimizer=self._client, config=config, mpu=_Mpu(self.topology), dist_init_required=False
+            )
+        return engine
 
     # ---------------------------------------------------------------------------------------------------- what is where
 
@@ -246,9 +249,10 @@ def _device_told(device: torch.device) -> Iterator[None]:
 class _WithLoss(nn.Module):
     """What DeepSpeed wraps: from a micro-batch to its loss, so that it sees the tensor that is differentiated."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, experts: nn.Module | None):
+        """experts: what tells DeepSpeed that there are some (`_expert_groups`)."""
         super().__init__()
-        self.model = model
+        self.model, self.experts = model, experts
 
     def forward(self, loss: Loss, micro_batch: Any) -> tuple[Tensor, Tensor]:
         value, part = loss(self.model, micro_batch, None)

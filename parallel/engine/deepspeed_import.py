@@ -4,13 +4,12 @@ import logging
 import os
 from contextlib import redirect_stdout
 from io import StringIO
-from types import ModuleType
 
 import torch
 
 
-def import_deepspeed() -> ModuleType:
-    """The library, quiet, on the device that torch has."""
+def import_deepspeed() -> None:
+    """Has it imported: quiet, and on the device that torch has."""
     if not torch.cuda.is_available():
         # with a CUDA toolkit but no GPU it would look for one
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -21,7 +20,6 @@ def import_deepspeed() -> ModuleType:
     logger.setLevel(logging.ERROR)
     # collectives through shared memory on a CPU, which it would compile here and now, on every machine anew
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
 
 
 def has_async_io() -> bool:
