@@ -4,6 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+DEEPSPEED = ["deepspeed>=0.19"]
 SERVE = ["gradio>=6"]
 ENCODERS = ["transformers>=4.50", "diffusers>=0.35", "sentencepiece"]
 
@@ -38,13 +39,14 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
-        "deepspeed": ["deepspeed>=0.19"],
+        "deepspeed": DEEPSPEED,
         "encoders": ENCODERS,
         "eval": ["requests>=2.32", "transformers>=4.50"],
         "parquet": ["pyarrow>=17"],
         "serve": SERVE,
         "wandb": ["wandb>=0.18"],
         "test": [
+            *DEEPSPEED,
             *ENCODERS,
             *SERVE,
             "hypothesis>=6.100",

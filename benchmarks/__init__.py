@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks import block, checkpoint, data, dispatch, kernels, moe, plan, sample, step
+from benchmarks import block, checkpoint, data, dispatch, engines, kernels, moe, plan, sample, step
 from benchmarks.budget import NOTHING, Asked
 from benchmarks.harness import Row, machine
 from ecdit.errors import UserError
@@ -29,6 +29,7 @@ BENCHMARKS = {
     "kernels": Benchmark(lambda asked: kernels.rows()),
     "checkpoint": Benchmark(lambda asked: checkpoint.rows()),
     "plan": Benchmark(lambda asked: plan.rows()),
+    "engines": Benchmark(lambda asked: engines.rows()),
     "data": Benchmark(lambda asked: data.rows()),
 }
 OPTIONS = {  # as the command line has them

@@ -8,11 +8,12 @@ import sys
 import time
 from dataclasses import replace
 from statistics import median
+from typing import Any
 
 import torch
 
 from benchmarks.harness import Row, random_batch
-from ecdit.assemble import assemble_engine, start_topology
+from ecdit.assemble import assemble_engine, check_libraries, start_topology
 from ecdit.diffusion.objective import objective, to_differentiate
 from ecdit.recipe import Recipe
 from ecdit.recipe_io import parse_recipe
@@ -41,7 +42,7 @@ def rows() -> list[Row]:
     found = []
     gpu = here()
     for name, (model, train, masked) in CASES.items():
-        recipe = _recipe(model, train, masked)
+        recipe = random_recipe(model, train, masked)
         made = plan(recipe, 1, 1, gpu)
         if made.margin < 0:
             print(f"{name}: {made.worst.peak / GIB:.1f} GiB do not fit", file=sys.stderr)
@@ -69,13 +70,15 @@ def here() -> Gpu:
     return replace(gpu, gpus_per_node=1)
 
 
-def _recipe(model: dict, train: dict, masked: float) -> Recipe:
+def random_recipe(model: dict, train: dict, masked: float, **others: Any) -> Recipe:
+    """A recipe for `measure`, which needs no data and no encoders. others: further keys."""
     values = {
         "run": "bench",
         "model": {"channels": 3} | model,
         "data": {"streams": [{"path": "none"}], "resolution": 32},
         "masking": {"ratio": masked},
         "train": train,
+        **others,
     }
     return parse_recipe(values, "the benchmark")
 
@@ -83,6 +86,7 @@ def _recipe(model: dict, train: dict, masked: float) -> Recipe:
 def measure(recipe: Recipe) -> tuple[float, int, int]:
     """Seconds of a step, the most bytes allocated, and held by the allocator, of its process so far."""
     place = start_topology(recipe)
+    check_libraries(recipe, place)
     engine = assemble_engine(recipe, place)
     batch = random_batch(recipe, recipe.train.micro_batch, place.device)
     count = recipe.train.batch // recipe.train.micro_batch

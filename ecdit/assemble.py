@@ -9,7 +9,10 @@ from ecdit.model.dit import EcDit
 from ecdit.recipe import Recipe
 from parallel import topology
 from parallel.engine import Engine, UpdateSettings
+from parallel.engine.deepspeed_config import ConfigError, ZeroOptions
+from parallel.engine.deepspeed_import import has_async_io
 from parallel.engine.megatron import MegatronEngine
+from parallel.installed import has_deepspeed
 from parallel.precision import KINDS, Fp8
 from parallel.spread.ranks import RankSpread
 from parallel.topology import Layout, LayoutError, Topology
@@ -53,9 +56,26 @@ def check_libraries(recipe: Recipe, place: Topology) -> None:
             raise UserError(f"{key}: {value} needs a GPU, and there is none here; try {instead}")
         if importlib.util.find_spec("transformer_engine") is None:
             raise UserError(f"{key}: {value} needs Transformer Engine; install the extra `ecdit[te]`, or try {instead}")
+    if recipe.engine == "deepspeed":
+        check_deepspeed(recipe)
     why = Fp8(fp8).missing() if fp8 != "none" else None
     if why is not None:
         raise UserError(f"precision.fp8: {fp8} is not possible on this GPU ({why}); try none")
+
+
+def check_deepspeed(recipe: Recipe) -> None:
+    """Raises UserError where the engine, or what it needs for a disk, is not here."""
+    if not has_deepspeed():
+        raise UserError(
+            "engine: deepspeed needs DeepSpeed; install the extra `ecdit[deepspeed]`, or try engine: megatron"
+        )
+    options = recipe.engine_options
+    for key, place in (("offload_optimizer", options.offload_optimizer), ("offload_weights", options.offload_weights)):
+        if place == "nvme" and not has_async_io():
+            raise UserError(
+                f"engine_options.{key}: nvme needs DeepSpeed's asynchronous I/O, which is built from libaio's headers "
+                "(Debian's libaio-dev) and is not here; try cpu"
+            )
 
 
 def assemble_model(recipe: Recipe, place: Topology) -> EcDit:
@@ -78,4 +98,25 @@ def assemble_engine(recipe: Recipe, place: Topology) -> Engine:
     """The engine with its model."""
     optimizer = recipe.optimizer
     settings = UpdateSettings(optimizer.name, optimizer.weight_decay, optimizer.clip, optimizer.ema)
-    return MegatronEngine(assemble_model(recipe, place), place, settings)
+    model = assemble_model(recipe, place)
+    if recipe.engine == "megatron":
+        engine: Engine = MegatronEngine(model, place, settings)
+    else:
+        from parallel.engine.deepspeed import DeepSpeedEngine
+
+        try:
+            engine = DeepSpeedEngine(model, place, settings, zero_options(recipe))
+        except ConfigError as error:
+            raise UserError(f"engine_options: {error}") from None
+    if place.first:
+        for message in engine.told:
+            print(message, file=sys.stderr)
+    return engine
+
+
+def zero_options(recipe: Recipe) -> ZeroOptions:
+    """`engine_options` as the engine wants them."""
+    options = recipe.engine_options
+    return ZeroOptions(
+        options.zero, options.offload_optimizer, options.offload_weights, options.nvme, options.pinned, options.config
+    )

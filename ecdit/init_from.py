@@ -1,7 +1,8 @@
 """A run's first weights (`init_from`): of another run, or exported ones; dense ones for a sparse model too.
 
-Weights alone travel: the optimizer, the data order and the step are those of a new run. Every rank reads its own part,
-whatever layout the weights were written from.
+Weights alone travel: the optimizer, the data order and the step are those of a new run. Only from a run of the other
+engine with the same optimizer all of its state comes. Every rank reads its own part, whatever layout the weights were
+written from.
 
 Shapes: `E` experts, `D` hidden, `F = 4D` expert hidden.
 """
@@ -45,6 +46,9 @@ class Source(Protocol):
     def whole(self, name: str) -> Tensor:
         """One parameter, in fp32."""
 
+    def updates_for(self, recipe: Recipe) -> int:
+        """How many updates the optimizer's states are of, where a recipe keeps them; 0: it does not."""
+
 
 class RunSource:
     """The averaged weights of a run's newest checkpoint: what `ecdit sample` draws with and `ecdit export` writes."""
@@ -68,9 +72,23 @@ class RunSource:
     def whole(self, name: str) -> Tensor:
         return self._saved.kind("ema", [name])[name]
 
+    def updates_for(self, recipe: Recipe) -> int:
+        """How many updates the optimizer's states are of, where a recipe keeps them; 0: it does not."""
+        same = self.recipe["optimizer"]["name"] == recipe.optimizer.name
+        alike = self.recipe["model"]["routing"] == recipe.model.routing
+        return self._saved.meta["updates"] if same and alike and self.recipe["engine"] != recipe.engine else 0
+
+    def fill_all(self, state: dict[str, Boxes]) -> None:
+        """Writes weights, averages and optimizer states into what a rank's engine keeps."""
+        self._saved.load(state)
+
 
 class FileSource:
     """Exported weights: safetensors that know their recipe, in one file or several."""
+
+    def updates_for(self, recipe: Recipe) -> int:
+        """There are no states."""
+        return 0
 
     def __init__(self, place: Path, files: list[Path]):
         self.place, self._files = str(place), {}
@@ -147,6 +165,13 @@ def fill_state(recipe: Recipe, source: Source, state: dict[str, Boxes]) -> list[
 
     state: "kind/parameter", as in `Engine.state`. Raises UserError where the source lacks a tensor.
     """
+    if source.updates_for(recipe):
+        try:
+            source.fill_all(state)
+        except CheckpointError as error:
+            raise UserError(f"init_from: {error}") from None
+        engines = f"engine: {recipe.engine} in place of {source.recipe['engine']}"
+        return [f"Starts from {source.place}, step {source.step}, with its optimizer's states; {engines}."]
     upcycled = recipe.model.routing != "dense" and source.recipe["model"]["routing"] == "dense"
     for kind in ("weights", "ema"):
         boxes = {name.removeprefix(f"{kind}/"): b for name, b in state.items() if name.startswith(f"{kind}/")}

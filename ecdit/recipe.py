@@ -10,6 +10,7 @@ from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 
 from ecdit.model.sizes import SIZES
 from ecdit.recipe_data import DataRecipe
+from ecdit.recipe_engine import EngineOptions, engine_fits
 from ecdit.recipe_evaluation import EvaluationRecipe
 from ecdit.recipe_rules import compile_fits, divides, evaluations_have_checkpoints, fp8_fits, graph_fits, layout_divides
 from ecdit.recipe_section import PositiveFloat, PositiveInt, Section, Share
@@ -185,9 +186,10 @@ class MaskingRecipe(Section):
 
 
 class OptimizerRecipe(Section):
-    """The update. rmsprop_momentum is AdaStar's form; torch_rmsprop is torch.optim.RMSprop with momentum 0.9."""
+    """The update. rmsprop_momentum is AdaStar's form; torch_rmsprop is torch.optim.RMSprop with momentum 0.9; adamw has
+    betas 0.9 and 0.999, and DeepSpeed's own kernels under its engine."""
 
-    name: Literal["rmsprop_momentum", "torch_rmsprop"] = Field("rmsprop_momentum", description="Which form.")
+    name: Literal["rmsprop_momentum", "torch_rmsprop", "adamw"] = Field("rmsprop_momentum", description="Which form.")
     lr: PositiveFloat = Field(1e-4, description="Learning rate after the warm-up.")
     warmup: Annotated[int, Field(ge=0)] = Field(20_000, description="Steps of linear warm-up.")
     schedule: Literal["constant", "cosine"] = Field("constant", description="After the warm-up.")
@@ -312,7 +314,9 @@ class ClusterRecipe(Section):
     tasks_per_node: PositiveInt | None = Field(None, description="Tasks of a node; null: one a GPU.")
     cpus_per_task: PositiveInt = Field(8, description="Cores of a task.")
     exclusive: bool = Field(True, description="Whole nodes, with all of their memory.")
-    gpu: str = Field("h100", description="What `ecdit plan` plans for: a100, h100, h200, b200, or a YAML file.")
+    gpu: str = Field(
+        "h100", description="What `ecdit plan` plans for: a100, h100, h200, b200, rtx4090, or a YAML file."
+    )
     time: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")] = Field(
         "1-00:00:00", description="Time limit of one attempt; the job requeues itself until the run is done."
     )
@@ -362,7 +366,8 @@ class Recipe(Section):
     train: TrainRecipe = Field(TrainRecipe(), description="Length and batch.")
     precision: PrecisionRecipe = Field(PrecisionRecipe(), description="Below bf16.")
     parallel: ParallelRecipe = Field(ParallelRecipe(), description="Layout.")
-    engine: Literal["megatron"] = Field("megatron", description="What drives data parallelism.")
+    engine: Literal["megatron", "deepspeed"] = Field("megatron", description="What drives data parallelism.")
+    engine_options: EngineOptions = Field(EngineOptions(), description="How it does; for deepspeed alone.")
     checkpoint: CheckpointRecipe = Field(CheckpointRecipe(), description="Checkpoints.")
     log: LogRecipe = Field(LogRecipe(), description="Logging.")
     sample: SampleRecipe = Field(SampleRecipe(), description="Sampling.")
@@ -381,6 +386,7 @@ class Recipe(Section):
         graph_fits(self)
         compile_fits(self)
         fp8_fits(self)
+        engine_fits(self)
         evaluations_have_checkpoints(self)
         return self
 

@@ -46,6 +46,7 @@ def graph_fits(recipe: "Recipe") -> None:
     for key, value, bad, instead in (
         ("model.routing", recipe.model.routing, "megatron_topk", "whose shapes change, try expert_choice"),
         ("optimizer.name", recipe.optimizer.name, "torch_rmsprop", "which waits for the host, try rmsprop_momentum"),
+        ("optimizer.name", recipe.optimizer.name, "adamw", "which waits for the host, try rmsprop_momentum"),
     ):
         if value == bad:
             raise ValueError(f"@train.graph: true does not go with {key}: {value}, {instead}")

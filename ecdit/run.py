@@ -56,7 +56,14 @@ class Run:
 
 # what a run may change on its way; all else decides the model, or which samples and noise it meets
 HARMLESS = ("run", "checkpoint.", "log.", "sample.", "evaluation.", "parallel.", "data.workers", "cluster.")
-HARMLESS += ("train.steps", "train.micro_batch", "train.linears", "train.precision", "train.recompute")
+HARMLESS += (
+    "engine_options.",
+    "train.steps",
+    "train.micro_batch",
+    "train.linears",
+    "train.precision",
+    "train.recompute",
+)
 
 
 def check_same_model(recipe: Recipe, saved: Checkpoint) -> list[str]:

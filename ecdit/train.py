@@ -5,7 +5,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -323,7 +323,8 @@ class Trainer:
         source.check(self.topology.rank, self.topology.ranks)
         for message in fill_state(self.recipe, source, self.engine.state()):
             self._tell(message)
-        self.engine.loaded(0)
+        self.progress.updates = source.updates_for(self.recipe)
+        self.engine.loaded(self.progress.updates)
 
     def _report(self, record: dict[str, Any]) -> None:
         self._notify(lambda callback: callback.on_step(self, record))
@@ -391,7 +392,9 @@ def train(recipe: Recipe, runs: Path, callbacks: list[Callback], stop: StopReque
         except Exception as error:
             report(int(os.environ.get("RANK", 0)), error)
             raise
-        with own_stream(place.device), together(place, run.log_file(place.rank), explain, report) as end_all:
+        # DeepSpeed's streams wait for the default one
+        stream = own_stream(place.device) if recipe.engine == "megatron" else nullcontext()
+        with stream, together(place, run.log_file(place.rank), explain, report) as end_all:
             trainer = Trainer(recipe, run, callbacks, place, stop, end_all)
             return trainer.fit()
     finally:

@@ -80,7 +80,7 @@ def plan(
     overrides: Overrides = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes; the recipe's cluster.nodes if not given.")] = None,
     gpus: Annotated[int | None, typer.Option("--gpus-per-node", min=1, help="GPUs of a node.")] = None,
-    gpu: Annotated[str | None, typer.Option(help="a100, h100, h200, b200, or a YAML file.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="a100, h100, h200, b200, rtx4090, or a YAML file.")] = None,
     search: Annotated[bool, typer.Option("--search", help="Rank all layouts that fit; takes a minute.")] = False,
     top: Annotated[int, typer.Option(min=1, help="Layouts that --search lists.")] = 10,
     as_json: Json = False,

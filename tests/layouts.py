@@ -14,7 +14,9 @@ from ecdit.model.dit import EcDit
 from ecdit.recipe_io import parse_recipe
 from parallel import topology
 from parallel.checkpoint.boxes import Boxes
-from parallel.engine import UpdateSettings
+from parallel.engine import Engine, UpdateSettings
+from parallel.engine.deepspeed import DeepSpeedEngine
+from parallel.engine.deepspeed_config import ZeroOptions
 from parallel.engine.megatron import MegatronEngine
 from parallel.engine.optimizer import RmspropMomentum, Slice, clip_by_global_norm
 from parallel.parameters import initialize
@@ -41,6 +43,7 @@ class Case:
     precision: torch.dtype = torch.float32
     linears: str = "torch"
     model: tuple = ()
+    zero: ZeroOptions | None = None  # None: engine megatron
 
     def recipe(self):
         """The recipe that both sides follow."""
@@ -73,6 +76,9 @@ class Case:
             )
             if value > 1
         ]  # fmt: skip
+        if self.zero is not None:
+            places = (self.zero.offload_optimizer, self.zero.offload_weights)
+            parts += [f"zero{self.zero.stage}", *(f"offload-{place}" for place in places if place != "none")]
         parts += ["sp"] * size.sequence + ["masked"] * self.masked + ["compiled"] * self.compiled
         return " ".join([*parts, self.routing, *([self.recompute] if self.recompute != "none" else [])])
 
@@ -103,13 +109,15 @@ def randomize(model) -> None:
     initialize(model, 0)
 
 
-def build(case: Case, place: topology.Topology) -> tuple[EcDit, MegatronEngine]:
+def build(case: Case, place: topology.Topology) -> tuple[EcDit, MegatronEngine | DeepSpeedEngine]:
     """This rank's part of the model, and its engine."""
     spread = RankSpread(place, linears=case.linears, dispatch_chunks=case.chunks)
     with place.device:
         model = EcDit(case.recipe().model, spread=spread, recompute=case.recompute, compiled=case.compiled)
         randomize(model)
     model.to(case.precision)
+    if case.zero is not None:
+        return model, DeepSpeedEngine(model, place, SETTINGS, case.zero)
     return model, MegatronEngine(model, place, SETTINGS)
 
 
@@ -128,7 +136,7 @@ def whole(boxes: dict[str, Boxes]) -> dict[str, torch.Tensor]:
     return found
 
 
-def whole_kind(engine: MegatronEngine, kind: str) -> dict[str, torch.Tensor]:
+def whole_kind(engine: Engine, kind: str) -> dict[str, torch.Tensor]:
     """One kind of an engine's state, such as weights, by parameter."""
     prefix = f"{kind}/"
     of_kind = {name: boxes for name, boxes in engine.state().items() if name.startswith(prefix)}

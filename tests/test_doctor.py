@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,9 @@ from tests.test_train import FAILED, ROOT, complaint
 QUICKSTART = ROOT / "recipes/quickstart.yaml"
 EVERYWHERE = {
     "Python", "torch", "megatron-core", "mosaicml-streaming", "GPU driver", "GPUs", "GPU product", "NCCL",
-    "transformer-engine", "FP8", "apex", "torchvision", "triton", "transformers", "diffusers", "deepspeed", "wandb",
-    "requests", "SLURM", "SLURM job", "pyxis", "InfiniBand", "shared memory", "open files", "locked memory",
-    "processes", "disk here", "host",
+    "transformer-engine", "FP8", "apex", "torchvision", "triton", "transformers", "diffusers", "deepspeed",
+    "DeepSpeed's Adam", "DeepSpeed's disk", "wandb", "requests", "SLURM", "SLURM job", "pyxis", "InfiniBand",
+    "shared memory", "open files", "locked memory", "processes", "disk here", "host",
 }  # fmt: skip
 CPU_BUILD, CUDA_BUILD = {"version": "2.13.0+cpu", "cuda": None}, {"version": "2.11.0+cu130", "cuda": "13.0"}
 H200 = "580.95.05, NVIDIA H200, 143771, 0, Disabled, 0, [N/A]"
@@ -469,6 +470,7 @@ def findings(**states):
         ("data.text_encoder=google/flan-t5-xl", {"transformers": MISSING}, "data.text_encoder"),
         ("data.autoencoder=some/vae", {"diffusers": MISSING}, "data.autoencoder"),
         ("log.wandb=pictures", {"wandb": MISSING}, "log.wandb"),
+        ("engine=deepspeed", {"deepspeed": MISSING}, "engine"),
         ("cluster.container=image.sqsh", {"pyxis": MISSING}, "cluster.container"),
     ],
 )
@@ -482,6 +484,31 @@ def test_what_a_recipe_needs_of_what_is_missing(override, lack, key):
     assert row.costs == f"quickstart needs it ({override.replace('=', ': ')}); costs"
     (row,) = [one for one in doctor.for_recipe(findings(**lack), plain) if one.state != OK]
     assert row.costs == "quickstart does without; costs"
+
+
+def test_a_disk_for_offload_is_missed():
+    keys = [
+        "engine=deepspeed",
+        "engine_options.zero=3",
+        "engine_options.offload_optimizer=nvme",
+        "engine_options.nvme=x",
+    ]
+    lacking = [replace(one, state=MISSING) if one.name == packages.DEEPSPEEDS_DISK else one for one in findings()]
+    with pytest.raises(UserError, match=r"^engine_options.offload_optimizer: nvme needs DeepSpeed's disk"):
+        doctor.require(lacking, load_recipe(QUICKSTART, ["engine=deepspeed", *keys]))
+
+
+@pytest.mark.parametrize(
+    "found, state, told",
+    [
+        ({"works": True, "why": ""}, OK, "can be built here, at its first use"),
+        ({"works": False, "why": "ninja missing"}, MISSING, "cannot be built: ninja missing"),
+        ({"error": "ImportError: no"}, MISSING, "cannot be built: ImportError: no"),
+    ],
+)
+def test_what_deepspeed_builds_is_told(found, state, told):
+    one = packages.judge_build("DeepSpeed's Adam", found, "costs")
+    assert (one.state, one.found) == (state, told)
 
 
 def test_a_container_is_not_missed_where_no_jobs_are_submitted_from():

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from parallel.engine.adamw import AdamW
 from parallel.engine.ema import Ema
 from parallel.engine.optimizer import RmspropMomentum, Slice, TorchRmsprop, clip_by_global_norm
 from parallel.kernels import rmsprop
@@ -53,7 +54,21 @@ def classic(decayed):
     return p
 
 
-@pytest.mark.parametrize(("build", "scalar"), [(RmspropMomentum, adastar), (TorchRmsprop, classic)])
+def adamw(decayed):
+    """Loshchilov and Hutter 2019, betas 0.9 and 0.999, epsilon 1e-8 outside the root."""
+    p = [w.double().tolist() for w in weights()]
+    m, v = ([[0.0] * n for n in SHAPES] for _ in range(2))
+    for step in range(1, STEPS + 1):
+        for k, g in enumerate(gradients(step)):
+            for i, gi in enumerate(g.double().tolist()):
+                m[k][i] = 0.9 * m[k][i] + 0.1 * gi
+                v[k][i] = 0.999 * v[k][i] + 0.001 * gi**2
+                p[k][i] -= LR * DECAY * p[k][i] if decayed[k] else 0.0
+                p[k][i] -= LR * (m[k][i] / (1 - 0.9**step)) / (math.sqrt(v[k][i] / (1 - 0.999**step)) + 1e-8)
+    return p
+
+
+@pytest.mark.parametrize(("build", "scalar"), [(RmspropMomentum, adastar), (TorchRmsprop, classic), (AdamW, adamw)])
 def test_updates_are_the_scalar_form(build, scalar):
     decayed = [True, False, True]
     masters = weights()
@@ -81,7 +96,7 @@ def test_roots_in_parts_change_no_bit(monkeypatch):
 
 
 def test_the_average_takes_in_the_new_weights():
-    for build in (lambda slices: RmspropMomentum(slices, SHAPES), TorchRmsprop):
+    for build in (lambda slices: RmspropMomentum(slices, SHAPES), TorchRmsprop, AdamW):
         masters, ema, apart = weights(), Ema(weights(), 0.6), Ema(weights(), 0.6)
         optimizer = build([Slice(m, u, False) for u, m in enumerate(masters)])
         for step in range(STEPS):

@@ -15,6 +15,9 @@ from parallel.spread import Spread
 class Moe(nn.Module):
     """Sum over the experts that took a token of gate * FFN(token), (7) (8); zero where nobody took it."""
 
+    # for engines that gather weights while a module runs: a plan is no tensor whose gradient would tell them when
+    gathered_whole = True
+
     def __init__(self, width: int, experts: int, capacity_factor: float, routing: str, spread: Spread):
         super().__init__()
         self.spread = spread

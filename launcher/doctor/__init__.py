@@ -29,8 +29,8 @@ __all__ = [
 
 CHECKS: list[Callable[[], list[Finding]]] = [
     packages.python, packages.needed, gpus.gpus, gpus.transformer_engine, packages.apex, packages.torchvision,
-    packages.triton, packages.optional, cluster.slurm, cluster.infiniband, machine.shared_memory, machine.limits,
-    machine.disk, machine.host,
+    packages.triton, packages.optional, packages.deepspeed, cluster.slurm, cluster.infiniband,
+    machine.shared_memory, machine.limits, machine.disk, machine.host,
 ]  # fmt: skip
 
 

@@ -7,10 +7,10 @@ from ecdit.recipe import Recipe
 from launcher.doctor.cluster import PYXIS, SLURM
 from launcher.doctor.finding import BROKEN, MISSING, OK, Finding
 from launcher.doctor.gpus import GPUS
-from launcher.doctor.packages import TRANSFORMER_ENGINE
+from launcher.doctor.packages import DEEPSPEEDS_DISK, TRANSFORMER_ENGINE
 
 ENGINE = (GPUS, TRANSFORMER_ENGINE.name)
-CHOICES = ("transformers", "diffusers", "wandb", PYXIS, *ENGINE)  # what a recipe can need
+CHOICES = ("transformers", "diffusers", "deepspeed", DEEPSPEEDS_DISK, "wandb", PYXIS, *ENGINE)  # what a recipe can need
 
 
 def needs(recipe: Recipe) -> list[tuple[str, str, tuple[str, ...], str]]:
@@ -18,6 +18,12 @@ def needs(recipe: Recipe) -> list[tuple[str, str, tuple[str, ...], str]]:
     rows = (
         ("train.linears", recipe.train.linears, "transformer_engine", ENGINE, "torch"),
         ("model.routing", recipe.model.routing, "megatron_topk", ENGINE, "expert_choice or token_choice"),
+    )
+    options = recipe.engine_options
+    rows += (
+        ("engine", recipe.engine, "deepspeed", ("deepspeed",), "megatron"),
+        ("engine_options.offload_optimizer", options.offload_optimizer, "nvme", (DEEPSPEEDS_DISK,), "cpu"),
+        ("engine_options.offload_weights", options.offload_weights, "nvme", (DEEPSPEEDS_DISK,), "cpu"),
     )
     found = [(key, value, names, instead) for key, value, wanted, names, instead in rows if value == wanted]
     for key, value, without, name in (

@@ -6,10 +6,10 @@ import platform
 import re
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from launcher.doctor.ask import probe
 from launcher.doctor.finding import BROKEN, MISSING, OK, WARNING, Finding
+from parallel.installed import apex_kind
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,11 @@ NEEDED = (
 TRANSFORMER_ENGINE = Package(
     "transformer-engine", ">=2.9,<2.12", "te", "no train.linears: transformer_engine, no model.routing: megatron_topk"
 )
+DEEPSPEEDS_DISK = "DeepSpeed's disk"
 OPTIONAL = (
     Package("transformers", ">=4.50", "encoders", "no T5 text encoder; data.text_encoder: hash alone"),
     Package("diffusers", ">=0.35", "encoders", "no AutoencoderKL; data.autoencoder: pixels alone"),
-    Package("deepspeed", ">=0.19", "deepspeed", "nothing in this version, whose one engine is megatron"),
+    Package("deepspeed", ">=0.19", "deepspeed", "no engine: deepspeed, so no offload to host memory or disk"),
     Package("wandb", ">=0.18", "wandb", "no log.wandb; metrics.jsonl and TensorBoard are written without it"),
     Package("requests", ">=2.32", "eval", "no server that answers for ecdit evaluate --suite dsg"),
 )
@@ -122,26 +123,35 @@ def optional() -> list[Finding]:
     return [judge(one, version_of(one.name)) for one in OPTIONAL]
 
 
+def deepspeed() -> list[Finding]:
+    """What it builds on this machine when it is first used."""
+    builds = (
+        ("DeepSpeed's Adam", "adam", "optimizer.name: adamw on offloaded weights takes torch's arithmetic"),
+        (DEEPSPEEDS_DISK, "async-io", "no engine_options.offload_optimizer or offload_weights: nvme"),
+    )
+    if version_of("deepspeed") is None:
+        return [Finding(name, MISSING, "DeepSpeed is not installed", costs) for name, _, costs in builds]
+    found = probe("deepspeed")
+    return [judge_build(name, found[asked], costs) for name, asked, costs in builds]
+
+
+def judge_build(name: str, found: dict, costs: str) -> Finding:
+    """found: whether it works, and why not."""
+    if found.get("works"):
+        return Finding(name, OK, "can be built here, at its first use")
+    return Finding(name, MISSING, f"cannot be built: {found.get('error') or found['why']}", costs)
+
+
 def apex() -> list[Finding]:
     """NVIDIA's, the unrelated package of that name, or none."""
     kind, version = apex_kind(), version_of("apex")
     if kind == "nvidia":
         if importlib.util.find_spec("amp_C") is None:
-            costs = "it was built without --cuda_ext, so libraries that look for it may fail; nothing here needs it"
+            costs = "built without --cuda_ext: libraries that look for it may fail; products do not add gradients up"
             return [Finding("apex", WARNING, f"NVIDIA's, {version or 'from source'}, without its kernels", costs)]
         return [Finding("apex", OK, f"NVIDIA's, {version or 'from source'}, with its kernels")]
     if kind == "other":
         found = f"not NVIDIA's but another package of that name, {version or 'of unknown version'}"
         return [Finding("apex", WARNING, found, "libraries may take it for NVIDIA's; pip uninstall apex")]
-    costs = "nothing: megatron-core uses torch's own; `pip install apex` would install an unrelated package"
+    costs = "products do not add gradients up, which takes a pass more; `pip install apex` is an unrelated package"
     return [Finding("apex", MISSING, "not installed", costs)]
-
-
-def apex_kind() -> str | None:
-    """ "nvidia", "other" for the unrelated package of that name, or None. Nothing of either is executed."""
-    found = importlib.util.find_spec("apex")
-    if found is None:
-        return None
-    places = [Path(place) for place in found.submodule_search_locations or []]
-    own = ("multi_tensor_apply", "optimizers", "normalization")
-    return "nvidia" if any(all((place / name).is_dir() for name in own) for place in places) else "other"

@@ -6,6 +6,7 @@
 import importlib
 import json
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -83,6 +84,28 @@ def torch_build() -> dict:
     return {"version": torch.__version__, "cuda": torch.version.cuda}
 
 
+def adam() -> dict:
+    """Whether DeepSpeed's Adam for the host's memory can be built, or why not. Nothing is built."""
+    from parallel.engine.deepspeed_import import import_deepspeed
+
+    import_deepspeed()
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+    from torch.utils.cpp_extension import is_ninja_available
+
+    needed = {"ninja": is_ninja_available(), "a C++ compiler": shutil.which("g++") is not None}
+    lacks = " and ".join(name for name, here in needed.items() if not here)
+    works = not lacks and CPUAdamBuilder().is_compatible(verbose=False)
+    return {"works": works, "why": f"{lacks} missing" if lacks else "" if works else "not for this processor"}
+
+
+def async_io() -> dict:
+    """Whether DeepSpeed's reading and writing of a disk can be built."""
+    from parallel.engine.deepspeed_import import has_async_io
+
+    works = has_async_io()
+    return {"works": works, "why": "" if works else "libaio's headers are missing (Debian: libaio-dev)"}
+
+
 def imports(name: str) -> dict:
     """Imports a module."""
     importlib.import_module(name)
@@ -100,6 +123,7 @@ GROUPS = {
     "gpu": {"cuda": cuda, "product": product, "nccl": nccl},
     "fp8": {"transformer-engine": lambda: imports("transformer_engine.pytorch"), "FP8": fp8},
     "disk": {"disk": disk},
+    "deepspeed": {"adam": adam, "async-io": async_io},
 }
 
 

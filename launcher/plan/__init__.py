@@ -12,6 +12,7 @@ from ecdit.errors import UserError
 from ecdit.model.count import forward_flops
 from ecdit.model.sizes import TEXT_ENCODER_PARAMETERS
 from ecdit.recipe import Recipe
+from launcher.plan import zero
 from launcher.plan.gpus import Gpu
 from launcher.plan.memory import Memory, both_buffers, encoders_used, rank_memory
 from launcher.plan.spread import Place
@@ -137,13 +138,16 @@ def _time(
     traffic = hide_behind(traffic, BACKWARD_SHARE * micro)
     seconds = {part: value * micro_batches for part, value in cost.seconds.items()}
     seconds["waiting for the host"] = (micro - sum(cost.seconds.values())) * micro_batches
-    moved = gpu.hbm * gpu.hbm_share
-    kept = both_buffers(recipe, place)
-    padded, piece = sum(b.padded for b, _ in kept), sum(b.piece for b, _ in kept)
     size = TYPES[recipe.train.precision].itemsize
-    # a micro-batch's gradients are added to the fp32 buffer
-    seconds["gradients"] = (micro_batches * padded * (size + 8) + 4 * padded) / moved
-    seconds["update"] = piece * (UPDATE_BYTES + size) / moved
+    if recipe.engine == "deepspeed":
+        seconds |= zero.seconds(recipe, place, gpu, size, micro_batches, UPDATE_BYTES)
+    else:
+        moved = gpu.hbm * gpu.hbm_share
+        kept = both_buffers(recipe, place)
+        padded, piece = sum(b.padded for b, _ in kept), sum(b.piece for b, _ in kept)
+        # a micro-batch's gradients are added to the fp32 buffer
+        seconds["gradients"] = (micro_batches * padded * (size + 8) + 4 * padded) / moved
+        seconds["update"] = piece * (UPDATE_BYTES + size) / moved
     seconds["encoders"] = _encoders(recipe, gpu, micro_batches)
     seconds["communication"] = sum(made.exposed for made in traffic)
     stages = place.layout.pipeline

@@ -33,6 +33,9 @@ class Gpu:
     kernel_seconds: float = 2.5e-6
     host_seconds: float = 21.5e-6
     link_latency: float = 15e-6
+    pcie: float = 20e9  # to and from pinned memory of the host
+    host: float = 50e9  # the host's memory, as far as the update of one rank's offloaded weights uses it
+    disk: float = 3e9  # of what is offloaded to one, both ways together
     context: float = 1.2 * GB  # CUDA context, cuBLAS workspaces, NCCL's buffers
     slack: float = 0.06  # of what is allocated: what the allocator holds on to besides
 
@@ -43,6 +46,7 @@ GPUS = {
     "h100": Gpu("h100", 80 * GB, 989e12, 67e12, 3.35e12, 450e9, 50e9),
     "h200": Gpu("h200", 141 * GB, 989e12, 67e12, 4.8e12, 450e9, 50e9),
     "b200": Gpu("b200", 180 * GB, 2250e12, 80e12, 7.7e12, 900e9, 50e9),
+    "rtx4090": Gpu("rtx4090", 24 * GB, 165e12, 83e12, 1.01e12, 25e9, 12.5e9),  # without NVLink: through PCIe
 }
 
 

@@ -5,20 +5,18 @@ at a multiple of 64 elements, buckets that end at a multiple of the data ranks a
 """
 
 import math
-from dataclasses import dataclass
-from functools import lru_cache
-
-import torch
+from dataclasses import dataclass, field
 
 from ecdit.data.cache import is_local
 from ecdit.data.encoded import Encoded, read_encoded
 from ecdit.errors import UserError
-from ecdit.model.dit import EcDit
 from ecdit.model.sizes import AUTOENCODER_PARAMETERS, TEXT_ENCODER_PARAMETERS
-from ecdit.recipe import ModelRecipe, Recipe
+from ecdit.recipe import Recipe
+from launcher.plan import zero
 from launcher.plan.gpus import Gpu
-from launcher.plan.spread import Place, PlannedSpread
+from launcher.plan.spread import Place
 from launcher.plan.trace import TYPES
+from launcher.plan.weights import parameters
 from parallel.kernels.rmsprop import ROOTS
 
 BUCKET, BUCKET_A_RANK = 40_000_000, 1_000_000  # elements of a bucket at least, where reduction overlaps
@@ -33,18 +31,6 @@ class Buffers:
     padded: int
     piece: int
     largest_bucket: int
-
-
-def parameters(model: ModelRecipe, place: Place) -> tuple[tuple[int, bool], ...]:
-    """(elements, whether an expert's) of every parameter that a rank of this stage has."""
-    return _parameters(model.model_dump_json(), place)
-
-
-@lru_cache(maxsize=1024)
-def _parameters(model: str, place: Place) -> tuple[tuple[int, bool], ...]:
-    with torch.device("meta"):
-        made = EcDit(ModelRecipe.model_validate_json(model), 0, PlannedSpread(place, lambda sent: None))
-    return tuple((weight.numel(), weight.expert) for weight in made.parameters())
 
 
 def buffers(sizes: list[int], group: int, ranks: int) -> Buffers:
@@ -81,13 +67,15 @@ def both_buffers(recipe: Recipe, place: Place) -> list[tuple[Buffers, int]]:
     found = parameters(recipe.model, place)
     groups = ((False, place.data_ranks), (True, place.expert_data_ranks))
     return [
-        (buffers([size for size, of_expert in found if of_expert == expert], group, place.ranks), group)
+        (buffers([weight.numel for weight in found if weight.expert == expert], group, place.ranks), group)
         for expert, group in groups
     ]
 
 
 def static(recipe: Recipe, place: Place) -> dict[str, float]:
-    """Bytes of what a rank holds from start to end."""
+    """Bytes of what a rank's GPU holds from start to end."""
+    if recipe.engine == "deepspeed":
+        return zero.held(recipe, place, TYPES[recipe.train.precision].itemsize).gpu
     kinds = both_buffers(recipe, place)
     padded, piece = sum(b.padded for b, _ in kinds), sum(b.piece for b, _ in kinds)
     return {
@@ -101,6 +89,8 @@ def static(recipe: Recipe, place: Place) -> dict[str, float]:
 
 def update_peak(recipe: Recipe, place: Place) -> float:
     """Bytes that the update needs besides, at most: some squares' roots, or a bucket's slice that is sent."""
+    if recipe.engine == "deepspeed":
+        return zero.update_peak(recipe, place)
     kinds = both_buffers(recipe, place)
     slices = max(b.largest_bucket / group for b, group in kinds) * TYPES[recipe.train.precision].itemsize
     return max(4.0 * min(ROOTS, sum(b.piece for b, _ in kinds)), slices)
@@ -139,10 +129,12 @@ def encoding_peak(recipe: Recipe, place: Place) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank, by part; `peak` is their sum at the worst moment."""
+    """Bytes of one rank, by part; `peak` is their sum at the worst moment. host, disk: what is offloaded there."""
 
     stage: int
     parts: dict[str, float]
+    host: dict[str, float] = field(default_factory=dict)
+    disk: dict[str, float] = field(default_factory=dict)
 
     @property
     def peak(self) -> float:
@@ -166,6 +158,11 @@ def rank_memory(
     backward = peak - kept
     elsewhere = max(update_peak(recipe, place), encoding_peak(recipe, place)) - kept * in_flight
     parts["working memory"] = max(backward, elsewhere, 0.0)
+    offloaded = zero.Held({}, {}, {})
+    if recipe.engine == "deepspeed":
+        size = TYPES[recipe.train.precision].itemsize
+        parts["reduction buckets"] = zero.buckets(recipe, place, size)
+        offloaded = zero.held(recipe, place, size)
     parts["allocator slack"] = gpu.slack * sum(parts.values())
     parts["CUDA, cuBLAS, NCCL"] = gpu.context
-    return Memory(place.stage, parts)
+    return Memory(place.stage, parts, offloaded.host, offloaded.disk)

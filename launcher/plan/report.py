@@ -46,6 +46,12 @@ def _memory(made: Plan) -> Table:
         table.add_row(part, *(f"{memory.parts.get(part, 0) / GIB:.2f}" for memory in made.memory))
     table.add_section()
     table.add_row("peak", *(f"{memory.peak / GIB:.2f}" for memory in made.memory))
+    for place in ("host", "disk"):
+        parts = getattr(made.worst, place)
+        if parts:
+            table.add_section()
+        for part, size in (parts | {"in all": sum(parts.values())} if parts else {}).items():
+            table.add_row(f"{place}: {part}", f"{size / GIB:.2f}")
     return table
 
 

@@ -6,6 +6,7 @@ Ranks of a node are consecutive, and so are those of a tensor group, as in `para
 from dataclasses import dataclass
 
 from ecdit.recipe import Recipe
+from launcher.plan import zero
 from launcher.plan.gpus import Gpu
 from launcher.plan.memory import both_buffers
 from launcher.plan.spread import Place
@@ -39,12 +40,15 @@ def collectives(recipe: Recipe, place: Place, gpu: Gpu, here: Stage, micro_batch
         hidden = (1 - 1 / chunks) if axis == "expert" else 0.0
         found.append(_with_exposed(made, made.seconds * (1 - hidden)))
     found += _pipeline(recipe, place, gpu, micro_batches)
+    size = TYPES[recipe.train.precision].itemsize
+    if recipe.engine == "deepspeed":
+        made = zero.sent(recipe, place, size, micro_batches)
+        return found + [_collective(*one[:4], one[4], place, gpu) for one in made]
     for (kept, group), axis in zip(both_buffers(recipe, place), ("data", "expert-data"), strict=True):
         if group > 1 and kept.padded:
             share = kept.padded * (group - 1) / group
             found.append(_collective("reduce-scatter", axis, group, 1, 4 * share, place, gpu))
-            weights = TYPES[recipe.train.precision].itemsize * share
-            found.append(_collective("all-gather", axis, group, 1, weights, place, gpu))
+            found.append(_collective("all-gather", axis, group, 1, size * share, place, gpu))
     return found
 
 

@@ -38,6 +38,7 @@ class Engine(Protocol):
     """One way to train a model over ranks. A step is `accumulate`, then `update`."""
 
     model: nn.Module
+    told: list[str]  # what a user should know of how it computes here
 
     def accumulate(self, micro_batches: Iterable[Any], count: int, loss: Loss, hidden_shape: tuple[int, ...]) -> Tensor:
         """Backward through the loss of each of `count` micro-batches, and the gradients' reduction over ranks; returns

@@ -8,8 +8,9 @@ class Ema:
     """Average of fp32 slices. The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that the
     first weights are soon forgotten."""
 
-    def __init__(self, masters: list[Tensor], decay: float):
-        self.slices = [master.clone() for master in masters]
+    def __init__(self, masters: list[Tensor], decay: float, slices: list[Tensor] | None = None):
+        """`slices`: where the average is kept; None: made here, of the weights as they are."""
+        self.slices = [master.clone() for master in masters] if slices is None else slices
         self.decay = decay
         self.updates = torch.zeros((), dtype=torch.float64, device=masters[0].device)
 

@@ -19,8 +19,10 @@ from megatron.core.distributed import (
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
+from parallel.apex import accumulate_in_products
 from parallel.checkpoint.boxes import Boxes
 from parallel.engine import Loss, Update, UpdateSettings
+from parallel.engine.adamw import AdamW
 from parallel.engine.ema import Ema
 from parallel.engine.optimizer import RmspropMomentum, Slice, TorchRmsprop, clip_by_global_norm
 from parallel.engine.pipeline import Pipeline
@@ -60,6 +62,8 @@ class MegatronEngine:
             model,
             pg_collection=groups,
         )
+        # DDP has made the sums by now
+        self.told = list(filter(None, [accumulate_in_products(model)]))
         self._pipeline = Pipeline(self._ddp, topology) if groups.pp.size() > 1 else None
         self._catalogue = Catalogue(names, topology)
         copy = groups.tp.rank() > 0
@@ -74,13 +78,15 @@ class MegatronEngine:
         self._optimizer = self._make_optimizer()
         self._ema = Ema(self._masters, settings.ema)
 
-    def _make_optimizer(self) -> RmspropMomentum | TorchRmsprop:
+    def _make_optimizer(self) -> RmspropMomentum | TorchRmsprop | AdamW:
         slices = [
             Slice(master, self._catalogue.number(piece), piece.decay, counted=not piece.copy)
             for piece, master in zip(self._pieces, self._masters, strict=True)
         ]
         if self.settings.name == "torch_rmsprop":
             return TorchRmsprop(slices, weight_decay=self.settings.weight_decay)
+        if self.settings.name == "adamw":
+            return AdamW(slices, weight_decay=self.settings.weight_decay)
         return RmspropMomentum(
             slices,
             self._catalogue.unit_numels,

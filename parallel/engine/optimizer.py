@@ -13,6 +13,9 @@ from torch import Tensor
 from parallel.engine.ema import Ema
 from parallel.kernels.rmsprop import TINY, Passes
 
+KINDS = ("square", "momentum")
+States = dict[str, list[Tensor]]  # of each kind, a tensor a slice
+
 
 @dataclass
 class Slice:
@@ -42,9 +45,11 @@ class RmspropMomentum:
         beta_momentum: float = 0.95,
         clip_update: float = 1.0,
         sum_over_ranks: Callable[[Tensor], Tensor] = lambda values: values,
+        states: States | None = None,
     ):
         """`unit_numels`: the size of every whole unit, also of those that this rank has no slice of.
-        `sum_over_ranks`: sums a vector with one number a unit over the ranks that share the units."""
+        `sum_over_ranks`: sums a vector with one number a unit over the ranks that share the units.
+        `states`: where they are kept, shaped like the slices; None: made here."""
         self.weight_decay = weight_decay
         self.beta_square, self.clip_update = beta_square, clip_update
         masters = [piece.master for piece in slices]
@@ -53,7 +58,7 @@ class RmspropMomentum:
         self._units = torch.tensor([piece.unit for piece in slices], dtype=torch.int64, device=device)
         self._counted = torch.tensor([float(piece.counted) for piece in slices], device=device)
         self._numels = torch.tensor(unit_numels, dtype=torch.float32, device=device)
-        self.states = {kind: [torch.zeros_like(master) for master in masters] for kind in ("square", "momentum")}
+        self.states = states or {kind: [torch.zeros_like(master) for master in masters] for kind in KINDS}
         decays = [piece.decay for piece in slices]
         self._passes = Passes(*self.states.values(), masters, decays, beta_square, beta_momentum)
         self.updates = torch.zeros((), dtype=torch.float64, device=device)
@@ -94,24 +99,23 @@ class TorchRmsprop:
     averaging, so the same rate makes steps about ten times those of `RmspropMomentum`.
     """
 
-    def __init__(self, slices: list[Slice], *, weight_decay: float = 0.0):
+    def __init__(self, slices: list[Slice], *, weight_decay: float = 0.0, states: States | None = None):
+        """`states`: as for `RmspropMomentum`."""
         self._masters = [piece.master for piece in slices]
+        self.states = states or {kind: [torch.zeros_like(master) for master in self._masters] for kind in KINDS}
         groups = [
             {"params": [s.master for s in slices if s.decay], "weight_decay": weight_decay},
             {"params": [s.master for s in slices if not s.decay], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
         self._optimizer = torch.optim.RMSprop(groups, momentum=0.9, foreach=True)
-        for master in self._masters:  # made before the first step, so that a checkpoint can be loaded into them
+        # there before the first step, so that a checkpoint can be loaded into them
+        for master, square, momentum in zip(self._masters, *(self.states[kind] for kind in KINDS), strict=True):
             self._optimizer.state[master] = {
                 "step": torch.zeros(()),
-                "square_avg": torch.zeros_like(master),
-                "momentum_buffer": torch.zeros_like(master),
+                "square_avg": square,
+                "momentum_buffer": momentum,
             }
-        self.states = {
-            kind: [self._optimizer.state[master][key] for master in self._masters]
-            for kind, key in (("square", "square_avg"), ("momentum", "momentum_buffer"))
-        }
         self.updates = torch.zeros(())  # nothing of this form depends on it
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Which part of every tensor a rank updates: equal slices of megatron-core DDP's flat buckets.
+"""Which part of every tensor a rank updates: equal slices of flat buffers, here of megatron-core DDP's buckets.
 
 A *unit* is a tensor of the model, or one expert's matrix of an expert weight; all ranks number the units of the whole
 model alike. Tensor, expert and pipeline parallelism give a rank a block of a tensor, and its slice of a bucket cuts
@@ -6,7 +6,7 @@ that anywhere; a `Piece` is the part of one unit that lies in it. Every element 
 or, where tensor ranks have copies of a weight, by one rank of each copy.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,15 +19,19 @@ from parallel.topology import Topology
 
 
 @dataclass
-class Piece:
-    """Part of a unit: flat views of this rank's weights and gradients, and where they lie in this rank's block.
-
-    `start` counts elements of the flattened block. `copy`: whether another tensor rank counts these elements.
-    """
+class Span:
+    """Part of a unit: where it lies in this rank's block of a parameter. `start` counts elements of the flattened
+    block."""
 
     parameter: str
     unit: tuple[str, int]
     start: int
+
+
+@dataclass
+class Piece(Span):
+    """Flat views of this rank's weights and gradients. `copy`: whether another tensor rank counts these elements."""
+
     weights: Tensor
     gradients: Tensor
     decay: bool
@@ -101,16 +105,14 @@ class Catalogue:
                 self.unit_numels.append(torch.Size(whole).numel() // count)
         self._blocks = {name: (p.block, tuple(p.shape)) for p, name in names.items()}
 
-    def number(self, piece: Piece) -> int:
-        """Of the piece's unit, among the units of the whole model."""
-        return self._numbers[piece.unit]
+    def number(self, span: Span) -> int:
+        """Of its unit, among the units of the whole model."""
+        return self._numbers[span.unit]
 
-    def boxes(self, pieces: list[Piece], values: list[Tensor]) -> dict[str, Boxes]:
-        """What this rank has of each tensor, by parameter: views of its values for its pieces."""
+    def boxes(self, spans: Sequence[Span], values: list[Tensor]) -> dict[str, Boxes]:
+        """What this rank has of each tensor, by parameter: views of its values for its spans."""
         parts: dict[str, list] = {}
-        for piece, value in zip(pieces, values, strict=True):
-            block, shape = self._blocks[piece.parameter]
-            parts.setdefault(piece.parameter, []).extend(
-                view_as_boxes(block.offset, shape, piece.start, value.detach())
-            )
+        for span, value in zip(spans, values, strict=True):
+            block, shape = self._blocks[span.parameter]
+            parts.setdefault(span.parameter, []).extend(view_as_boxes(block.offset, shape, span.start, value.detach()))
         return {name: Boxes(self.wholes[name], boxes) for name, boxes in parts.items()}

@@ -12,9 +12,11 @@ Shapes: `B` images, `n` tensor ranks, `i` inputs, `o` outputs.
 
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel import apex
 from parallel.parameters import Block, Split, describe, parameter, xavier
 
 
@@ -23,6 +25,8 @@ class Linear(nn.Module):
 
     `split`: only one of equal parts of the outputs.
     """
+
+    gradient_accumulation_fusion = False  # see `parallel.apex`; megatron-core's linears have the same switch
 
     def __init__(
         self, fan_in: int, fan_out: int, *, bias: bool = False, std: float | None = None, split: Split | None = None
@@ -35,6 +39,10 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., i) -> (..., o), or (..., o / n) where the outputs are split."""
+        # torch.compile does not read the extension
+        if self.gradient_accumulation_fusion and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            out = apex.AccumulatingLinear.apply(x, self.weight)
+            return out if self.bias is None else out + self.bias
         return F.linear(x, self.weight, self.bias)
 
 

@@ -7,10 +7,10 @@ Shapes: `B` images, `S` tokens of an image, `D` hidden, `P` parts of an image wh
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from parallel import kernels
+from parallel.apex import layer_norm
 from parallel.kernels import operator, power_of_two, warps
 
 EPSILON = 1e-6
@@ -21,7 +21,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm(x) (1 + scale) + shift. x (B, S, D); shift, scale (B, D) -> (B, S, D)."""
     if kernels.use_triton(x):
         return _Modulate.apply(x, shift, scale)
-    return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:], eps=EPSILON), 1 + scale[:, None])
+    return torch.addcmul(shift[:, None], layer_norm(x, EPSILON), 1 + scale[:, None])
 
 
 class _Modulate(torch.autograd.Function):

@@ -1,0 +1,31 @@
+"""The weights that a rank has, from the model's own code on the meta device."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from ecdit.model.dit import EcDit
+from ecdit.recipe import ModelRecipe
+from launcher.plan.spread import Place, PlannedSpread
+
+
+@dataclass(frozen=True)
+class Weight:
+    """numel: of this rank's block. expert: whether experts'. matrix: more than a vector."""
+
+    numel: int
+    expert: bool
+    matrix: bool
+
+
+def parameters(model: ModelRecipe, place: Place) -> tuple[Weight, ...]:
+    """All that a rank of this stage has."""
+    return _parameters(model.model_dump_json(), place)
+
+
+@lru_cache(maxsize=1024)
+def _parameters(model: str, place: Place) -> tuple[Weight, ...]:
+    with torch.device("meta"):
+        made = EcDit(ModelRecipe.model_validate_json(model), 0, PlannedSpread(place, lambda sent: None))
+    return tuple(Weight(weight.numel(), weight.expert, weight.ndim > 1) for weight in made.parameters())

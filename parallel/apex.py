@@ -1,0 +1,68 @@
+"""NVIDIA's apex, where it is installed: weight gradients that a product adds to their fp32 sum, and its LayerNorm.
+
+The package index has an unrelated package of the same name; that one is recognised by what it lacks, and never
+imported. Apex is used on a GPU alone, and where it is not there everything is computed by torch and Triton.
+
+Shapes: `N` rows, `i` inputs, `o` outputs.
+"""
+
+import importlib
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallel.installed import apex_kind
+
+
+@cache
+def _extension(name: str) -> bool:
+    return torch.cuda.is_available() and apex_kind() == "nvidia" and find_spec(name) is not None
+
+
+@cache
+def weight_gradients() -> ModuleType | None:
+    """The extension whose products add to an fp32 tensor; None where it is not here."""
+    name = "fused_weight_gradient_mlp_cuda"
+    return importlib.import_module(name) if _extension(name) else None
+
+
+def layer_norm(x: Tensor, eps: float) -> Tensor:
+    """LayerNorm over the last dimension, without affine."""
+    if x.is_cuda and _extension("fused_layer_norm_cuda"):
+        from apex.normalization.fused_layer_norm import fused_layer_norm
+
+        return fused_layer_norm(x, x.shape[-1:], eps)
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+def accumulate_in_products(model: nn.Module) -> str | None:
+    """Has the model's linears, ours and megatron-core's, add their weights' gradients to `main_grad`, which
+    megatron-core's DDP has made; what to tell of it, or None where apex is not here."""
+    linears = [module for module in model.modules() if hasattr(module, "gradient_accumulation_fusion")]
+    if weight_gradients() is None or not linears:
+        return None
+    for linear in linears:
+        linear.gradient_accumulation_fusion = True
+    return f"NVIDIA's apex is here: {len(linears)} linears add their weights' gradients up within its products."
+
+
+class AccumulatingLinear(torch.autograd.Function):
+    """x W^T, whose weight's gradient is added to `weight.main_grad` and not returned. x (..., i), weight (o, i)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        weight_gradients().wgrad_gemm_accum_fp32(rows.contiguous(), grads.contiguous(), weight.main_grad)
+        # DDP's hook waits for a gradient, and by this mark does not look at it
+        weight.grad_added_to_main_grad = True
+        return grad @ weight, torch.empty_like(weight)

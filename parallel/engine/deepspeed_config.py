@@ -1,0 +1,83 @@
+"""What DeepSpeed is told, as the JSON that it reads, from a recipe's `engine_options`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+BUCKET = 50_000_000  # elements of gradients that are reduced at once; DeepSpeed's default needs ten times the memory
+SUB_GROUP = 100_000_000  # elements of weights that stage 3 updates at once
+HELD_ON_A_DISK = 5  # tensors of each of these: master, gradient, both states, average
+
+
+@dataclass(frozen=True)
+class ZeroOptions:
+    """stage: ZeRO's, 0 to 3. offload_*: "none", "cpu" or "nvme", where the optimizer's masters and states, and stage
+    3's weights are. nvme: the folder for the latter. pinned: whether offloaded memory is pinned. config: further keys
+    of DeepSpeed's JSON."""
+
+    stage: int = 2
+    offload_optimizer: str = "none"
+    offload_weights: str = "none"
+    nvme: str | None = None
+    pinned: bool = True
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+class ConfigError(Exception):
+    """DeepSpeed refuses a value of its JSON. The message names the key."""
+
+
+def check(config: dict[str, Any]) -> None:
+    """Raises ConfigError for what DeepSpeed would refuse of the keys that a recipe may set."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**config["zero_optimization"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["config.zero_optimization", *map(str, first["loc"])])
+        raise ConfigError(f"{key}: {first['input']!r} is not valid: {first['msg']}") from None
+
+
+def config_of(options: ZeroOptions, dtype: torch.dtype, data_ranks: int) -> dict[str, Any]:
+    """DeepSpeed's JSON. dtype: of the compute."""
+    # DeepSpeed's "memory-efficient" linear, of stage 3, takes the place of torch's in the whole process, and rounds
+    # otherwise under bf16
+    zero: dict[str, Any] = {
+        "stage": options.stage,
+        "overlap_comm": False,
+        "memory_efficient_linear": False,
+        "reduce_bucket_size": BUCKET,
+        "sub_group_size": SUB_GROUP,
+    }
+    if options.stage == 2 and options.offload_optimizer == "none":
+        zero["compute_grad_norm"] = False  # the engine has its own; elsewhere DeepSpeed insists
+    for key, place in (("offload_optimizer", options.offload_optimizer), ("offload_param", options.offload_weights)):
+        if place != "none":
+            zero[key] = {"device": place, "pin_memory": options.pinned and torch.cuda.is_available()}
+            zero[key] |= {"nvme_path": options.nvme} if place == "nvme" else {}
+    if options.offload_optimizer == "nvme":
+        zero["offload_optimizer"]["buffer_count"] = HELD_ON_A_DISK
+    made = {
+        # the training loop counts micro-batches, and says which is a step's last
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": data_ranks,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 0.0,
+        "steps_per_print": None,
+    }
+    return merged(made, options.config)
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Of nested mappings."""
+    both = {key: merged(base[key], value) for key, value in over.items() if isinstance(base.get(key), dict)}
+    return base | over | both
