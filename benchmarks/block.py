@@ -43,6 +43,8 @@ def _variants(*, sparse: bool) -> list[Variant]:
         made.append(Variant(f"{plain}, compiled", lambda: _plain(sparse, compiled=True), plain, flops))
     for fp8 in FP8_KINDS:
         made.append(Variant(f"{ours}, FP8 {fp8}", lambda fp8=fp8: _in_fp8(fp8, sparse), plain, flops))
+    for variant in made:
+        variant.graph = True
     return made
 
 

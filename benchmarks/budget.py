@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.harness import Row, device_here, median_ratio, milliseconds
+from benchmarks.harness import Row, captured, device_here, median_ratio, milliseconds
 from ecdit.errors import UserError
 from parallel.graph import own_stream
 
@@ -39,8 +39,9 @@ class Variant:
     """One way to do the thing. `ready` builds it, yields a step of it, and takes it down.
 
     against: name of the variant that its ratio is to. flops: operations of a step, and moved: bytes read and written,
-    at least. images: that a step works on. warm_up: calls before those that are timed. about: what else is to be told
-    of it.
+    at least. images: that a step works on. warm_up: calls before those that are timed. graph: whether a GPU replays a
+    step as one CUDA graph, as training does with `train.graph`, so that the host does not count. about: what else is to
+    be told of it.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Variant:
     moved: float = 0.0
     images: int = 0
     warm_up: int = 4 if torch.cuda.is_available() else 1
+    graph: bool = False
     about: dict[str, float] = field(default_factory=dict)
 
 
@@ -131,6 +133,7 @@ def _built(variant: Variant) -> tuple[Step, ExitStack] | str:
 
     def build() -> Step:
         step = opened.enter_context(variant.ready())
+        step = captured(step, 1) if variant.graph else step
         for _ in range(variant.warm_up):
             milliseconds(step)
         return step

@@ -4,6 +4,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from statistics import median
 from typing import Any
 
@@ -75,11 +76,22 @@ def captured(call: Callable[[], Any], calls: int) -> Callable[[], Any]:
     with torch.cuda.stream(stream):
         for _ in range(3):
             call()
-        with torch.cuda.graph(graph, stream=stream):
+        # one pool for all graphs: none of them reads what another, or its own last replay, has left there
+        with torch.cuda.graph(graph, pool=_pool(), stream=stream):
             for _ in range(calls):
                 call()
     torch.cuda.current_stream().wait_stream(stream)
-    return graph.replay
+
+    def replay() -> None:
+        graph.replay()
+
+    replay.call = call  # a graph knows tensors by their addresses: this keeps them
+    return replay
+
+
+@cache
+def _pool() -> tuple[int, int]:
+    return torch.cuda.graph_pool_handle()
 
 
 def random_batch(recipe: Recipe, images: int, device: torch.device) -> MicroBatch:

@@ -81,7 +81,13 @@ def check_deepspeed(recipe: Recipe) -> None:
 def assemble_model(recipe: Recipe, place: Topology) -> EcDit:
     """This rank's part of the model, as it shall compute."""
     fp8 = Fp8(recipe.precision.fp8, recipe.precision.where)
-    spread = RankSpread(place, linears=recipe.train.linears, dispatch_chunks=recipe.parallel.dispatch_chunks, fp8=fp8)
+    spread = RankSpread(
+        place,
+        linears=recipe.train.linears,
+        dispatch_chunks=recipe.parallel.dispatch_chunks,
+        dispatch_fp8=recipe.parallel.dispatch_fp8,
+        fp8=fp8,
+    )
     with place.device:
         model = EcDit(recipe.model, recipe.train.seed, spread, recipe.train.recompute, compiled=recipe.train.compile)
     if recipe.model.routing == "megatron_topk":

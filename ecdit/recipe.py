@@ -246,6 +246,11 @@ class ParallelRecipe(Section):
     dispatch_chunks: PositiveInt = Field(
         1, description="Parts in which tokens travel to their experts, each while another is computed."
     )
+    dispatch_fp8: bool = Field(
+        False,
+        description="Tokens go to their experts as FP8, each with a scale of its own, whatever the layout; results and "
+        "gradients go in the model's type.",
+    )
     timeout_minutes: PositiveFloat = Field(10.0, description="Time-out of every process group.")
 
 

@@ -25,6 +25,11 @@ def layout_divides(recipe: "Recipe") -> None:
         divides(parallel.tensor, model.decoder.heads, "parallel.tensor", "model.decoder.heads")
     divides(parallel.tensor, recipe.train.micro_batch, "parallel.tensor", "train.micro_batch")
     divides(parallel.pipeline, model.layers, "parallel.pipeline", "model.layers")
+    if parallel.dispatch_fp8 and not model.grouped:
+        raise ValueError(
+            f"@parallel.dispatch_fp8: true does not go with model.routing: {model.routing}, which has no dispatch of "
+            "ours; set it to false"
+        )
     if model.routing == "dense":
         for key in ("expert", "expert_tensor"):
             if getattr(parallel, key) > 1:

@@ -9,6 +9,8 @@ Order of the slots on the wire: by chunk, then by owner (the other ranks ascendi
 owner's experts of that chunk, then by row. `arrange` brings a routing plan into it, so that gathering the tokens of
 the slots writes the send buffer directly.
 
+Rows may travel to their experts as FP8, each with its scale; results and gradients travel in the model's type.
+
 Shapes: `E` experts, `R` slots of an expert here, `M = E R`, `D` hidden, `n` expert-parallel ranks, `e` experts of a
 rank and chunk.
 """
@@ -19,6 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
+from parallel.fp8_rows import FP8, Fp8Rows, carrier, plain, widen
 from parallel.spread import ExpertFunction
 
 
@@ -36,7 +39,7 @@ class Exchange:
         """Values of slots (E R,), expert-major, in the order of the wire."""
         return self._me_last(of_slot.view(self._ranks, self.chunks, -1), 0).transpose(0, 1).reshape(-1)
 
-    def __call__(self, rows: Tensor, experts: ExpertFunction, *, spanning: bool = False) -> Tensor:
+    def __call__(self, rows: Tensor | Fp8Rows, experts: ExpertFunction, *, spanning: bool = False) -> Tensor:
         """Computes every slot's row by its expert, wherever that is. rows (M, D), in the order of the wire -> (M, D).
 
         `spanning`: tensor ranks have tokens of the same groups, so a slot's row comes from one of them and zeros from
@@ -50,7 +53,7 @@ class Exchange:
         results = []
         for c in range(self.chunks):
             arrived = self._land(remote[c], there[c])
-            x = torch.cat([_by_expert(part, self._experts, size) for part in (arrived, own[c])], dim=1)
+            x = torch.cat([_by_expert(part, self._experts, size) for part in (arrived, plain(own[c]))], dim=1)
             y = self._compute(x, experts, c, spanning).transpose(0, 1)  # (n, e, R, D), this rank last
             results.append((self._launch(y[:-1].flatten(0, 2), back[c]), y[-1].flatten(0, 1)))
         landed = [(self._land(there, flight), here) for (there, here), flight in zip(results, back, strict=True)]
@@ -60,8 +63,10 @@ class Exchange:
         """None where there is nobody to send to."""
         return _Flight(self._group, [size * n for n in self._splits]) if self._ranks > 1 else None
 
-    def _launch(self, rows: Tensor, flight: "_Flight | None") -> Tensor:
-        return rows if flight is None else _Launch.apply(rows, flight)
+    def _launch(self, rows: Tensor | Fp8Rows, flight: "_Flight | None") -> Tensor:
+        if flight is None:
+            return plain(rows)
+        return _Launch.apply(*rows, flight) if isinstance(rows, Fp8Rows) else _Launch.apply(rows, None, None, flight)
 
     def _land(self, arriving: Tensor, flight: "_Flight | None") -> Tensor:
         return arriving if flight is None else _Land.apply(arriving, flight)
@@ -109,34 +114,55 @@ class _Flight:
 
     def __init__(self, group: dist.ProcessGroup, splits: list[int]):
         self._group, self._splits = group, splits
-        self._work: dist.Work | None = None
+        self._arriving: list[tuple[dist.Work, Tensor]] = []
 
-    def start(self, rows: Tensor) -> Tensor:
-        """Sends rows, ordered by the rank that they are for; returns the buffer that theirs arrive in."""
-        arriving = torch.empty_like(rows)
-        self._work = dist.all_to_all_single(
-            arriving, rows.contiguous(), self._splits, self._splits, group=self._group, async_op=True
-        )
-        return arriving
+    def start(self, *parts: Tensor) -> Tensor:
+        """Sends rows, or several tensors that make them up, ordered by the rank that they are for; returns the buffer
+        that the first of theirs arrives in."""
+        for part in parts:
+            arriving = torch.empty_like(part, memory_format=torch.contiguous_format)
+            work = dist.all_to_all_single(
+                _bytes(arriving),
+                _bytes(part.contiguous()),
+                self._splits,
+                self._splits,
+                group=self._group,
+                async_op=True,
+            )
+            self._arriving.append((work, arriving))
+        return self._arriving[0][1]
 
-    def land(self) -> None:
-        """What comes after may read the buffer. On a GPU this makes the stream wait, not the host."""
-        self._work.wait()
-        self._work = None
+    def land(self) -> list[Tensor]:
+        """What has arrived: what comes after may read it. On a GPU this makes the stream wait, not the host."""
+        arrived = []
+        while self._arriving:
+            work, part = self._arriving.pop(0)
+            work.wait()
+            arrived.append(part)
+        return arrived
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """FP8 travels as bytes, for not every library of collectives knows it."""
+    return x.view(torch.uint8) if x.dtype == FP8 else x
 
 
 class _Launch(torch.autograd.Function):
-    """Sends without waiting. What it returns may be read only after `_Land`; its gradient has landed here."""
+    """Sends without waiting, rows or their FP8 numbers and scales. What it returns may be read only after `_Land`; its
+    gradient has landed here, in the type of the rows."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, flight: _Flight) -> Tensor:
+    def forward(ctx, rows: Tensor, numbers: Tensor | None, scale: Tensor | None, flight: _Flight) -> Tensor:
         ctx.flight = flight
-        return flight.start(rows)
+        if numbers is None:
+            return flight.start(rows)
+        flight.start(numbers, scale)
+        return carrier(rows, len(rows))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         ctx.flight.land()
-        return grad, None
+        return grad, None, None, None
 
 
 class _Land(torch.autograd.Function):
@@ -148,9 +174,9 @@ class _Land(torch.autograd.Function):
     @staticmethod
     def forward(ctx, arriving: Tensor, flight: _Flight) -> Tensor:
         ctx.flight = flight
-        flight.land()
-        return arriving.view_as(arriving)
+        arrived = flight.land()
+        return arriving.view_as(arriving) if len(arrived) == 1 else widen(*arrived, arriving.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return ctx.flight.start(grad.contiguous()), None
+        return ctx.flight.start(grad), None

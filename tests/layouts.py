@@ -37,6 +37,7 @@ class Case:
     masked: bool = False
     accumulation: int = 1
     chunks: int = 1
+    dispatch_fp8: bool = False
     recompute: str = "none"
     compiled: bool = False
     batch: int = 32
@@ -79,7 +80,12 @@ class Case:
         if self.zero is not None:
             places = (self.zero.offload_optimizer, self.zero.offload_weights)
             parts += [f"zero{self.zero.stage}", *(f"offload-{place}" for place in places if place != "none")]
-        parts += ["sp"] * size.sequence + ["masked"] * self.masked + ["compiled"] * self.compiled
+        parts += (
+            ["sp"] * size.sequence
+            + ["masked"] * self.masked
+            + ["fp8-dispatch"] * self.dispatch_fp8
+            + ["compiled"] * self.compiled
+        )
         return " ".join([*parts, self.routing, *([self.recompute] if self.recompute != "none" else [])])
 
 
@@ -111,7 +117,7 @@ def randomize(model) -> None:
 
 def build(case: Case, place: topology.Topology) -> tuple[EcDit, MegatronEngine | DeepSpeedEngine]:
     """This rank's part of the model, and its engine."""
-    spread = RankSpread(place, linears=case.linears, dispatch_chunks=case.chunks)
+    spread = RankSpread(place, linears=case.linears, dispatch_chunks=case.chunks, dispatch_fp8=case.dispatch_fp8)
     with place.device:
         model = EcDit(case.recipe().model, spread=spread, recompute=case.recompute, compiled=case.compiled)
         randomize(model)

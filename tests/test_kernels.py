@@ -199,25 +199,44 @@ def test_dispatch_and_combine_are_their_twins(device, dtype, kind, width):
 
 
 @TYPES
-def test_fp8_rows_are_their_twins(device, dtype):
-    plan = plan_of("expert choice", device)
+@pytest.mark.parametrize("kind", PLANS)
+def test_fp8_rows_are_their_twins(device, dtype, kind):
+    plan = plan_of(kind, device)
     x = normal(plan.tokens, 72, device=device, dtype=dtype)
     x[plan.token[0]] = 0
     found = []
     for triton in (True, False):
         with patch.object(kernels, "use_triton", lambda tensor, triton=triton: triton):
-            found.append(slots.dispatch_fp8(x, plan.slot_map()))
-    (rows, scale), (twin, twin_scale) = found
+            where = slots.slot_map(plan.token, plan.filled, plan.tokens, plan.experts)
+            rows = slots.dispatch_fp8(x, where)
+            found.append((rows.numbers, rows.scale, rows.widened()))
+    filled = slice(None) if plan.filled is None else plan.filled
+    (rows, scale, wide), (twin, twin_scale, twin_wide) = ([x[filled] for x in parts] for parts in found)
     assert torch.equal(scale, twin_scale)
-    expected, step = x[plan.token].float(), 1 / 16  # half of the last of three bits of the mantissa
+    expected, step = x[plan.token][filled].float(), 1.001 / 16  # half of the last of three bits of the mantissa
     if device == "cpu":
         # the interpreter rounds some halves the other way, and forgets to carry where it gets to a power of two
         rows, step = torch.where(twin.float().frexp().mantissa.abs() == 0.5, twin.float(), rows.float()), 1 / 8
     else:
-        assert torch.equal(rows.float(), twin.float())
+        assert torch.equal(rows.float(), twin.float()) and torch.equal(wide, twin_wide)
     # or half of the least step, near zero
     error = (rows.float() * scale[:, None] - expected).abs()
     assert (error <= expected.abs() * step + scale[:, None] * 2**-10).all()
+    torch.testing.assert_close(twin_wide, (twin.float() * scale[:, None]).to(dtype))
+
+
+@TYPES
+@pytest.mark.parametrize("kind", PLANS)
+def test_fp8_rows_have_the_gradient_of_their_tokens(device, dtype, kind):
+    plan = plan_of(kind, device)
+    where = slots.slot_map(plan.token, plan.filled, plan.tokens, plan.experts)
+    x = normal(plan.tokens, 24, device=device, dtype=dtype).requires_grad_()
+    slope = normal(len(plan.token), 24, device=device, dtype=dtype, seed=1)
+    slope = slope if plan.filled is None else slope * plan.filled[:, None]
+    rows = slots.dispatch_fp8(x, where, plan.filled)
+    assert plan.filled is None or not rows.widened()[~plan.filled].any()
+    found = torch.autograd.grad(rows.widened(), x, slope)[0]
+    torch.testing.assert_close(found, torch.autograd.grad(slots.dispatch(x, where), x, slope)[0])
 
 
 @pytest.mark.parametrize("routing", ["expert_choice", "token_choice"])

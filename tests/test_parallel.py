@@ -75,6 +75,32 @@ def assert_parity(case, found):
             assert_experts(case, name, weights[name], weight)
 
 
+def difference(found, expected):
+    """Relative, of all gradients of the first step together."""
+    squares = [((found[1][0][n] - g).square().sum(), g.square().sum()) for n, g in expected[1][0].items()]
+    ours, theirs = map(sum, zip(*squares, strict=True))
+    return (ours / theirs).sqrt().item()
+
+
+def test_dispatch_in_fp8_is_the_same_in_every_layout_and_near_the_oracle():
+    layouts = [
+        (Layout(), 1, 1), (Layout(expert=4), 1, 1), (Layout(tensor=2, expert=2, sequence=True), 2, 1),
+        (Layout(tensor=4, expert=4, sequence=True), 1, 4), (Layout(tensor=2, expert_tensor=2, expert=2), 1, 1),
+    ]  # fmt: skip
+    cases = [
+        Case(layout, 4, routing, accumulation=accumulation, chunks=chunks, dispatch_fp8=True)
+        for routing, (layout, chunks, accumulation) in product((EC, TC), layouts)
+    ]
+    found = run_on_ranks(train_cases, 4, cases)[0]
+    for first in (0, len(layouts)):
+        alone = found[first]
+        assert alone[0] == pytest.approx(oracle_of(cases[first])[0], rel=5e-2)
+        assert 0 < difference(alone, oracle_of(cases[first])) < 5e-2
+        for case, other in zip(cases[first + 1 :], found[first + 1 : first + len(layouts)], strict=False):
+            assert other[0] == pytest.approx(alone[0], rel=1e-4), str(case)
+            assert difference(other, alone) < 1e-3, str(case)
+
+
 def assert_experts(case, name, found, expected):
     """All experts are there, each is the oracle's of its number, and no other one."""
     for e, expert in enumerate(found):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ecdit.model.layers import gelu
+from parallel.fp8_rows import Fp8Rows
 from parallel.parameters import parameter, xavier
 from parallel.spread import Spread
 
@@ -39,12 +40,12 @@ class Experts(nn.Module):
         self.up = parameter(experts, 4 * width, width, std=std, expert=True, splits=spread.expert_splits(1))
         self.down = parameter(experts, width, 4 * width, std=0.0, expert=True, splits=spread.expert_splits(2))
         self.exchange = spread.exchange(experts)
-        self.ffns = spread.expert_ffns(experts, width, gelu)
+        self.ffns = spread.expert_ffns(experts, width, batched_ffn)
 
-    def forward(self, rows: Tensor, *, spanning: bool = False) -> Tensor:
+    def forward(self, rows: Tensor | Fp8Rows, *, spanning: bool = False) -> Tensor:
         """A row for every slot of all experts, in the order of `exchange`: (M, D) -> (M, D)."""
         up, down = (w.chunk(self.exchange.chunks) if self.exchange.chunks > 1 else [w] for w in (self.up, self.down))
-        kernel = ChunkedFfn.apply if rows.device.type == "cpu" else batched_ffn
+        kernel = ChunkedFfn.apply if self.up.device.type == "cpu" else batched_ffn
 
         def experts(x: Tensor, chunk: int) -> Tensor:
             return (self.ffns[chunk] if self.ffns is not None else kernel)(x, up[chunk], down[chunk])

@@ -7,7 +7,7 @@ rank routes and combines its own tokens; N counts those.
 from torch import Tensor, nn
 
 from ecdit.model.experts import Experts
-from ecdit.model.kernels.slots import combine, dispatch
+from ecdit.model.kernels.slots import combine, dispatch, dispatch_fp8
 from ecdit.model.router import Router, RoutingPlan
 from parallel.spread import Spread
 
@@ -30,9 +30,12 @@ class Moe(nn.Module):
         plan = self.router(tokens, group_tokens)
         plan.arrange(self.experts.exchange.arrange)
         slots_of = plan.slot_map()
-        slots = dispatch(tokens, slots_of)
-        if plan.spanning:
-            slots = slots * plan.filled[:, None]  # zeros for the tokens of other tensor ranks, which send theirs
+        filled = plan.filled if plan.spanning else None  # zeros for the tokens of other tensor ranks, which send theirs
+        if self.spread.dispatch_fp8:
+            slots = dispatch_fp8(tokens, slots_of, filled)
+        else:
+            slots = dispatch(tokens, slots_of)
+            slots = slots if filled is None else slots * filled[:, None]
         slots = self.experts(slots, spanning=plan.spanning)
         out = combine(slots, plan.gate, slots_of)
         return self.spread.collect_tokens(out).view_as(x), plan

@@ -8,7 +8,6 @@ Shapes: as in `parallel.spread`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -159,6 +158,23 @@ class _Row(Linear):
         return _Collective.apply(y, wire.sum, lambda grad: grad)
 
 
+class _PlannedFlight:
+    """An all-to-all that goes nowhere. Only rows of others are in it."""
+
+    def __init__(self, wire: Wire):
+        self._wire, self._arriving = wire, []
+
+    def start(self, *parts: Tensor) -> Tensor:
+        for part in parts:
+            self._wire._send("all-to-all", _bytes(part))
+            self._arriving.append(torch.empty_like(part, memory_format=torch.contiguous_format))
+        return self._arriving[0]
+
+    def land(self) -> list[Tensor]:
+        arrived, self._arriving = self._arriving, []
+        return arrived
+
+
 class _PlannedExchange(Exchange):
     """The real exchange, whose rows go nowhere."""
 
@@ -171,16 +187,7 @@ class _PlannedExchange(Exchange):
         self._tensor_wire = Wire("expert-tensor", layout.expert_tensor, note)
 
     def _flight(self, size: int):
-        if self._ranks == 1:
-            return None
-
-        def start(rows: Tensor) -> Tensor:
-            rows = rows.contiguous()
-            # only rows of others are in it
-            self._wire._send("all-to-all", _bytes(rows))
-            return torch.empty_like(rows)
-
-        return SimpleNamespace(start=start, land=lambda: None)
+        return _PlannedFlight(self._wire) if self._ranks > 1 else None
 
     def _over_expert_tensor(self, x: Tensor, experts, chunk: int) -> Tensor:
         wire = self._tensor_wire
@@ -196,9 +203,18 @@ class _PlannedExchange(Exchange):
 class PlannedSpread(Spread):
     """One rank's part of a model, for a layout."""
 
-    def __init__(self, place: Place, note: Note, *, layers: int | None = None, dispatch_chunks: int = 1):
+    def __init__(
+        self,
+        place: Place,
+        note: Note,
+        *,
+        layers: int | None = None,
+        dispatch_chunks: int = 1,
+        dispatch_fp8: bool = False,
+    ):
         """`layers`: of this stage; None: as the layout divides them."""
         layout = place.layout
+        self.dispatch_fp8 = dispatch_fp8
         self._place, self._layers, self._chunks, self._note = place, layers, dispatch_chunks, note
         self.tensor_ranks = layout.tensor
         self.sequence = layout.sequence and layout.tensor > 1

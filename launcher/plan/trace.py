@@ -170,7 +170,14 @@ def trace(recipe: Recipe, place: Place, layers: int, tokens: int, device: str) -
     device: "cpu" or "cuda", whose kernels are meant.
     """
     found = Trace()
-    spread = PlannedSpread(place, found.sent.append, layers=layers, dispatch_chunks=recipe.parallel.dispatch_chunks)
+    sizes = recipe.parallel
+    spread = PlannedSpread(
+        place,
+        found.sent.append,
+        layers=layers,
+        dispatch_chunks=sizes.dispatch_chunks,
+        dispatch_fp8=sizes.dispatch_fp8,
+    )
     kernel = experts.ChunkedFfn.apply if device == "cpu" else experts.batched_ffn
     fused = patch.object(F, "scaled_dot_product_attention", _fused_attention(device))
     triton = patch.object(kernels, "use_triton", lambda tensor: device == "cuda")

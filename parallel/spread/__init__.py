@@ -14,10 +14,12 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from parallel.fp8_rows import Fp8Rows, plain
 from parallel.layers import Linear, Linears, PlainLinears
 from parallel.parameters import Split, is_whole
 from parallel.precision import Fp8
 
+ExpertFfn = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows (e, R, D), up (e, F, D), down (e, D, F) -> (e, R, D)
 ExpertFunction = Callable[[Tensor, int], Tensor]  # rows (e, rows, D) of the e experts of a chunk, its number -> same
 
 
@@ -33,8 +35,9 @@ class LocalExchange:
         """Values of slots (M,), expert-major, in the order of the rows."""
         return of_slot
 
-    def __call__(self, rows: Tensor, experts: ExpertFunction, *, spanning: bool = False) -> Tensor:
+    def __call__(self, rows: Tensor | Fp8Rows, experts: ExpertFunction, *, spanning: bool = False) -> Tensor:
         """Every slot's row through its expert: (M, D) -> (M, D)."""
+        rows = plain(rows)
         return experts(rows.view(self._experts, -1, rows.shape[-1]), 0).flatten(0, 1)
 
 
@@ -48,6 +51,7 @@ class Spread:
     first_stage = last_stage = True
     linears: Linears = PlainLinears()
     fp8 = Fp8()
+    dispatch_fp8 = False  # whether tokens go to their experts as FP8, also where these are on their own rank
 
     # ------------------------------------------------------------------------------------------------- what is here
 
@@ -63,9 +67,9 @@ class Spread:
         """What takes rows to their experts and back."""
         return LocalExchange(experts)
 
-    def expert_ffns(self, experts: int, width: int, activation: Callable[[Tensor], Tensor]) -> nn.ModuleList | None:
-        """What computes this rank's experts, one module a chunk, where that is a library's: called as
-        (rows (e, R, D), up (e, F, D), down (e, D, F)) -> (e, R, D). None: the model's own code does."""
+    def expert_ffns(self, experts: int, width: int, plain: ExpertFfn) -> nn.ModuleList | None:
+        """What computes this rank's experts, one module a chunk, where that is a library's: called as `plain` is, which
+        computes the same in the model's own type. None: the model's own code does."""
         return None
 
     def megatron_moe(self, width: int, experts: int, aux_loss: float) -> nn.Module:

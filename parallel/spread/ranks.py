@@ -3,8 +3,6 @@
 Shapes: as in `Spread`.
 """
 
-from collections.abc import Callable
-
 import torch.distributed as dist
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor, nn
@@ -14,7 +12,7 @@ from parallel.layers import PlainLinears
 from parallel.layers.megatron import MegatronLinears
 from parallel.parameters import Split
 from parallel.precision import Fp8
-from parallel.spread import LocalExchange, Spread
+from parallel.spread import ExpertFfn, LocalExchange, Spread
 from parallel.topology import Topology
 
 
@@ -22,11 +20,20 @@ class RankSpread(Spread):
     """One rank's part of a model.
 
     `linears`: "torch" (megatron-core's where they are split) or "transformer_engine". `dispatch_chunks`: parts in
-    which tokens travel to their experts. `fp8`: what computes in it, which makes those parts Transformer Engine's.
+    which tokens travel to their experts, and `dispatch_fp8`: whether as FP8. `fp8`: what computes in it, which makes
+    those parts Transformer Engine's.
     """
 
-    def __init__(self, topology: Topology, *, linears: str = "torch", dispatch_chunks: int = 1, fp8: Fp8 | None = None):
-        self.fp8 = fp8 or Fp8()
+    def __init__(
+        self,
+        topology: Topology,
+        *,
+        linears: str = "torch",
+        dispatch_chunks: int = 1,
+        dispatch_fp8: bool = False,
+        fp8: Fp8 | None = None,
+    ):
+        self.fp8, self.dispatch_fp8 = fp8 or Fp8(), dispatch_fp8
         self._topology, self._chunks = topology, dispatch_chunks
         self._groups, self._tensor = topology.groups, topology.groups.tp
         self.tensor_ranks, self.tensor_rank = self._tensor.size(), self._tensor.rank()
@@ -56,17 +63,15 @@ class RankSpread(Spread):
             return LocalExchange(experts)
         return Exchange(self._groups, experts, self._chunks)
 
-    def expert_ffns(self, experts: int, width: int, activation: Callable[[Tensor], Tensor]) -> nn.ModuleList | None:
+    def expert_ffns(self, experts: int, width: int, plain: ExpertFfn) -> nn.ModuleList | None:
         if "experts" not in self.fp8.where:
             return None
-        from parallel.layers.transformer_engine import GroupedFfn  # needs the extra, and a GPU
+        from parallel.layers.grouped_ffn import GroupedFfn  # needs the extra, and a GPU
 
         ep, parts = self._groups.ep, self._groups.expt_tp.size()
         count = experts // ep.size() // self._chunks
         firsts = [ep.rank() * experts // ep.size() + chunk * count for chunk in range(self._chunks)]
-        return nn.ModuleList(
-            GroupedFfn(width, 4 * width // parts, activation, first, count, experts) for first in firsts
-        )
+        return nn.ModuleList(GroupedFfn(width, 4 * width // parts, plain, first, count, experts) for first in firsts)
 
     def megatron_moe(self, width: int, experts: int, aux_loss: float) -> nn.Module:
         from parallel.megatron_moe import MegatronMoe  # needs the extra `te`, and a GPU

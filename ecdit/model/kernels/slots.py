@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel import kernels
+from parallel.fp8_rows import FP8, Fp8Rows, carrier
 from parallel.kernels import operator, power_of_two, warps
 
-FP8 = torch.float8_e4m3fn
 FP8_LARGEST = 448.0
+FP8_LEAST = 1e-30  # a row with no larger number is zeros: the inverse of its scale may not be a number
 SLOTS = 1024  # of a program of `place`
 ENTRIES = 4096  # of the table of tokens and experts, in a program of `count` and `list`
 
@@ -65,23 +66,10 @@ def combine(rows: Tensor, gate: Tensor, where: SlotMap) -> Tensor:
     return _Combine.apply(rows, gate, where.token, where.slots, where.offsets, where.holes)
 
 
-def dispatch_fp8(x: Tensor, where: SlotMap) -> tuple[Tensor, Tensor]:
-    """`dispatch` for rows that travel as FP8 (e4m3): (N, D) -> (M, D) and the scale of each row (M,), in fp32.
-
-    A row is its FP8 numbers times its scale, with which its largest number just fits. Not differentiable, as a
-    gradient would have to be FP8 too: `sum_slots` takes a gradient of the rows back.
-    """
-    x = x.detach()
-    if kernels.use_triton(x):
-        rows = x.new_empty(len(where.token), x.shape[1], dtype=FP8)
-        scale = x.new_empty(len(where.token), dtype=torch.float32)
-        _gather_fp8(x.contiguous(), where.token, rows, scale)
-        return rows, scale
-    rows = x.index_select(0, where.token).float()
-    largest = rows.abs().amax(1)
-    # by a tensor: CUDA divides by a number through its inverse, which rounds otherwise
-    scale = torch.where(largest > 0, largest / torch.full_like(largest, FP8_LARGEST), 1.0)
-    return (rows / scale[:, None]).clamp(-FP8_LARGEST, FP8_LARGEST).to(FP8), scale
+def dispatch_fp8(x: Tensor, where: SlotMap, filled: Tensor | None = None) -> Fp8Rows:
+    """`dispatch` for rows that travel as FP8 (e4m3), each with a scale with which its largest number just fits:
+    (N, D) -> (M, D), the rows of slots that are not `filled` (M,) zeros. Their gradient is in the type of x."""
+    return Fp8Rows(*_DispatchFp8.apply(x, where.token, where.slots, where.offsets, where.holes, filled))
 
 
 def sum_slots(rows: Tensor, slots: Tensor, offsets: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -114,6 +102,40 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         return sum_slots(grad, *ctx.saved_tensors), None, None, None
+
+
+class _DispatchFp8(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, token: Tensor, slots: Tensor, offsets: Tensor, holes: bool, filled: Tensor | None):
+        ctx.save_for_backward(slots, offsets, filled)
+        numbers, scale = (_fp8_kernel if kernels.use_triton(x) else _fp8_twin)(x, token, slots, offsets, holes)
+        scale = scale if filled is None else scale * filled
+        ctx.mark_non_differentiable(numbers, scale)
+        return carrier(x, len(token)), numbers, scale
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _numbers: None, _scale: None):
+        slots, offsets, filled = ctx.saved_tensors
+        grad = grad if filled is None else grad * filled[:, None]
+        return sum_slots(grad, slots, offsets), None, None, None, None, None
+
+
+def _fp8_kernel(x: Tensor, token: Tensor, slots: Tensor, offsets: Tensor, holes: bool) -> tuple[Tensor, Tensor]:
+    make = torch.zeros if holes else torch.empty  # no token comes by an empty slot
+    numbers = make(len(token), x.shape[1], dtype=FP8, device=x.device)
+    scale = make(len(token), dtype=torch.float32, device=x.device)
+    _gather_fp8(x.contiguous(), slots, offsets, numbers, scale)
+    return numbers, scale
+
+
+def _fp8_twin(x: Tensor, token: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    x = x.float()
+    largest = x.abs().amax(1)
+    # by a tensor: CUDA divides by a number through its inverse, which rounds otherwise
+    limit, some = torch.full_like(largest, FP8_LARGEST), largest > FP8_LEAST
+    scaled = x * torch.where(some, limit / largest, 1.0)[:, None]
+    numbers = scaled.clamp(-FP8_LARGEST, FP8_LARGEST).to(FP8).view(torch.uint8)
+    return numbers.index_select(0, token).view(FP8), torch.where(some, largest / limit, 1.0).index_select(0, token)
 
 
 class _Combine(torch.autograd.Function):
@@ -179,13 +201,13 @@ def _gather(x: Tensor, token: Tensor, rows: Tensor) -> None:
     slots_triton.gather[(len(token),)](x, token, rows, x.shape[1], BLOCK=block, num_warps=warps(block))
 
 
-@operator("gather_fp8(Tensor x, Tensor token, Tensor(a!) rows, Tensor(b!) scale)")
-def _gather_fp8(x: Tensor, token: Tensor, rows: Tensor, scale: Tensor) -> None:
+@operator("gather_fp8(Tensor x, Tensor slots, Tensor offsets, Tensor(a!) rows, Tensor(b!) scale)")
+def _gather_fp8(x: Tensor, slots: Tensor, offsets: Tensor, rows: Tensor, scale: Tensor) -> None:
     from ecdit.model.kernels import slots_triton
 
-    block = power_of_two(x.shape[1])
-    slots_triton.gather_fp8[(len(token),)](
-        x, token, rows, scale, x.shape[1], LARGEST=FP8_LARGEST, BLOCK=block, num_warps=warps(block)
+    (tokens, width), block = x.shape, power_of_two(x.shape[1])
+    slots_triton.gather_fp8[(tokens,)](
+        x, slots, offsets, rows, scale, width, LARGEST=FP8_LARGEST, LEAST=FP8_LEAST, BLOCK=block, num_warps=warps(block)
     )
 
 

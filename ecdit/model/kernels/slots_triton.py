@@ -65,19 +65,22 @@ def gather(x, token, rows, D, BLOCK: tl.constexpr):
 
 @triton.jit
 def gather_fp8(
-    x, token, rows, scale,  # (N, D), (M,), (M, D), (M,)
-    D, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
+    x, slots, offsets, rows, scale,  # (N, D), (M,), (N + 1,), (M, D), (M,)
+    D, LARGEST: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program for each slot. Quotients are rounded as IEEE asks, so that these are the twin's numbers."""
-    slot = tl.program_id(0).to(tl.int64)
+    """A program for each token: it reads and casts its row once for all of its slots. Quotients are rounded as IEEE
+    asks, so that these are the twin's numbers."""
+    token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    values = tl.load(x + tl.load(token + slot) * D + column, mask=column < D, other=0.0).to(tl.float32)
+    values = tl.load(x + token * D + column, mask=column < D, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(values), 0)
-    unit = tl.where(largest > 0, tl.div_rn(largest, LARGEST), 1.0)
-    values = tl.div_rn(values, unit)
-    values = tl.minimum(tl.maximum(values, -LARGEST), LARGEST)
-    tl.store(rows + slot * D + column, values.to(tl.float8e4nv), mask=column < D)
-    tl.store(scale + slot, unit)
+    unit = tl.where(largest > LEAST, tl.div_rn(largest, LARGEST), 1.0)
+    values = values * tl.where(largest > LEAST, tl.div_rn(LARGEST, largest), 1.0)
+    values = tl.minimum(tl.maximum(values, -LARGEST), LARGEST).to(tl.float8e4nv)
+    for i in range(tl.load(offsets + token), tl.load(offsets + token + 1)):
+        slot = tl.load(slots + i).to(tl.int64)
+        tl.store(rows + slot * D + column, values, mask=column < D)
+        tl.store(scale + slot, unit)
 
 
 @triton.jit

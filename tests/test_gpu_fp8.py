@@ -1,0 +1,152 @@
+"""FP8 on a GPU that has it: layers beside the oracle, runs beside those in bf16, states in checkpoints."""
+
+from contextlib import nullcontext
+from statistics import mean
+
+import pytest
+import torch
+
+from benchmarks.peers import in_fp8, randomized
+from ecdit import load_recipe, reference
+from ecdit.callbacks import Callback
+from ecdit.data.prepare import prepare_shapes
+from ecdit.model.experts import Ffn
+from ecdit.model.moe import Moe
+from ecdit.train import train
+from parallel.precision import KINDS
+from parallel.spread import Spread
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="no GPU with FP8"
+    ),
+]
+WIDTH, EXPERTS, GROUPS, TOKENS = 512, 8, 4, 1024
+
+
+def gradients(function, inputs, weights):
+    """Result and gradients, of inputs and weights, in fp32."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    slope = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    found = torch.autograd.grad(out, [*inputs, *weights], slope)
+    return [x.detach().float() for x in (out, *found)]
+
+
+def errors(found, expected):
+    return [((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
+
+
+def make_moe(spread):
+    with torch.device("cuda"):
+        return randomized(Moe(WIDTH, EXPERTS, 2.0, "expert_choice", spread)).bfloat16()
+
+
+def moe_beside_the_oracle(moe, region):
+    x = torch.randn(GROUPS, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0)).cuda().bfloat16()
+    weights = [moe.router.weight, moe.experts.up, moe.experts.down]
+
+    def ours(x):
+        with region():
+            return moe(x, TOKENS)[0]
+
+    def oracle(x):
+        return reference.expert_choice_moe(x, wide[0], wide[1].mT, wide[2].mT, 2.0)
+
+    found = gradients(ours, [x], weights)
+    wide = [w.detach().float().requires_grad_() for w in weights]
+    return errors(found, gradients(oracle, [x.float()], wide))
+
+
+def test_a_moe_layer_in_bf16_is_the_oracles():
+    found = moe_beside_the_oracle(make_moe(Spread()), nullcontext)
+    print("bf16: result, gradients of tokens, router, up, down:", found)
+    assert max(found) < 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_moe_layer_in_fp8_is_the_oracles(kind):
+    with in_fp8(kind, make_moe) as (moe, fp8):
+        moe_beside_the_oracle(moe, fp8.region)  # a delayed scale knows nothing at first
+        found = moe_beside_the_oracle(moe, fp8.region)
+    print(kind, "result, gradients of tokens, router, up, down:", found)
+    assert max(found) < 5e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dense_layer_in_fp8_is_torchs(kind):
+    def make(spread):
+        with torch.device("cuda"):
+            return randomized(Ffn(WIDTH, spread)).bfloat16()
+
+    with in_fp8(kind, make) as (ffn, fp8):
+        x = torch.randn(4096, WIDTH, generator=torch.Generator().manual_seed(0)).cuda().bfloat16()
+        weights = [ffn.up.weight, ffn.down.weight]
+        wide = [w.detach().float().requires_grad_() for w in weights]
+
+        def ours(x):
+            with fp8.region():
+                return ffn(x)
+
+        def oracle(x):
+            return torch.nn.functional.gelu(x @ wide[0].T, approximate="tanh") @ wide[1].T
+
+        gradients(ours, [x], weights)
+        found = errors(gradients(ours, [x], weights), gradients(oracle, [x.float()], wide))
+    print(kind, "result, gradients of tokens, up, down:", found)
+    assert max(found) < 5e-2
+
+
+class Losses(Callback):
+    def __init__(self):
+        self.losses = []
+
+    def on_step(self, trainer, record):
+        self.losses.append(record["loss"])
+
+    def on_message(self, message):
+        print(message)
+
+
+def quickstart(folder, name, *changes, steps=300):
+    prepare_shapes(folder / "shapes", count=5000, seed=0) if not (folder / "shapes").exists() else None
+    recipe = load_recipe(
+        "recipes/quickstart.yaml",
+        [
+            f"data.streams=[{{path: {folder}/shapes}}]", f"run={name}", f"train.steps={steps}", "log.grid_every=0",
+            "train.precision=bf16", "checkpoint.every=100", *changes,
+        ],
+    )  # fmt: skip
+    told = Losses()
+    assert train(recipe, folder, [told]) == 0
+    return told.losses
+
+
+def test_300_steps_in_fp8_end_where_bf16_ends(tmp_path):
+    ends = {}
+    for kind in ("none", *KINDS):
+        losses = quickstart(tmp_path, kind, f"precision.fp8={kind}")
+        ends[kind] = mean(losses[-20:])
+    print("mean loss of the last 20 of 300 steps:", ends)
+    for kind in KINDS:
+        assert ends[kind] == pytest.approx(ends["none"], rel=0.02)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_in_fp8_is_the_same_as_a_graph(tmp_path, kind):
+    curves = [
+        quickstart(tmp_path, f"{kind}-{graph}", f"precision.fp8={kind}", f"train.graph={graph}", steps=12)
+        for graph in ("false", "true")
+    ]
+    print(kind, max(abs(a - b) / b for a, b in zip(*curves, strict=True)))
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["delayed", "current"])
+def test_a_run_in_fp8_resumes_with_its_scales(tmp_path, kind):
+    whole = quickstart(tmp_path, "whole", f"precision.fp8={kind}", "optimizer.schedule=constant", steps=16)
+    quickstart(tmp_path, "parts", f"precision.fp8={kind}", "optimizer.schedule=constant", steps=8)
+    rest = quickstart(tmp_path, "parts", f"precision.fp8={kind}", "optimizer.schedule=constant", steps=16)
+    print(kind, whole[8:], rest)
+    assert rest == pytest.approx(whole[8:], rel=1e-4)
