@@ -1,5 +1,6 @@
-"""Grouped-query self- and cross-attention on torch's scaled_dot_product_attention, on a GPU through cuDNN where it can:
-that takes grouped queries and a mask as they are, the other kernels repeated heads.
+"""Grouped-query self- and cross-attention on torch's scaled_dot_product_attention, on a GPU through flash attention
+where it can: that takes grouped queries as they are, but no mask; the other kernels take repeated heads. cuDNN's takes
+both, but a CUDA graph of its backward pass reads memory that is not its own (torch 2.11 on an H100).
 
 megatron-core refuses grouped-query cross-attention, so both are here. Projections keep a key-value head and all that
 belongs to it in consecutive rows, so that a contiguous split of the rows is a split by heads: each tensor rank has
@@ -10,12 +11,16 @@ Shapes: `B` images, `S` tokens of an image, `L` text tokens, `D` hidden, `H`/`KV
 of this rank, else `b = B`.
 """
 
+from contextlib import nullcontext
+
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from parallel.spread import Spread
+
+REPEATED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -27,17 +32,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     query = query.reshape(b, s, kv * r, d).transpose(1, 2)
     heads = [x.transpose(1, 2) for x in (key, value)]
     if takes_grouped_queries(query, *heads, mask):
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            out = F.scaled_dot_product_attention(query, *heads, attn_mask=mask, enable_gqa=True)
-    else:  # no other fused kernel has both, nor torch's on a CPU either
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            out = F.scaled_dot_product_attention(query, *heads, enable_gqa=True)
+    else:
         key, value = (x.repeat_interleave(r, dim=1) for x in heads)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        with sdpa_kernel(REPEATED) if query.is_cuda else nullcontext():
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return out.transpose(1, 2).reshape(b, s, kv * r * d)
 
 
 def takes_grouped_queries(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether a fused kernel is here that takes fewer key-value heads than queries, and a mask: cuDNN's."""
-    return query.is_cuda and can_use_cudnn_attention(SDPAParams(query, key, value, mask, 0.0, False, True))
+    """Whether a fused kernel is here that takes fewer key-value heads than queries."""
+    return query.is_cuda and can_use_flash_attention(SDPAParams(query, key, value, mask, 0.0, False, True))
 
 
 class SelfAttention(nn.Module):

@@ -141,15 +141,10 @@ class _Watch(TorchDispatchMode):
 def _fused_attention(device: str) -> Callable[..., Tensor]:
     """On the meta device torch would take the form of attention that keeps all scores; a device has a fused one."""
 
-    def attend(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, enable_gqa: bool = False
-    ) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_grouped: bool) -> Tensor:
         if device == "cpu":
             bias = None if attn_mask is None else torch.zeros_like(attn_mask, dtype=query.dtype)
             return ATEN._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=bias)[0]
-        if enable_gqa:
-            bias = None if attn_mask is None else query.new_empty(attn_mask.shape)
-            return ATEN._scaled_dot_product_cudnn_attention(query, key, value, bias, compute_log_sumexp=True)[0]
         if attn_mask is None:
             return ATEN._scaled_dot_product_flash_attention(query, key, value)[0]
         length = attn_mask.shape[-1]
@@ -160,8 +155,8 @@ def _fused_attention(device: str) -> Callable[..., Tensor]:
     return attend
 
 
-def _by_cudnn(query: Tensor, device: str) -> bool:
-    return device == "cuda" and query.dtype == torch.bfloat16
+def _by_flash(query: Tensor, mask: Tensor | None, device: str) -> bool:
+    return device == "cuda" and query.dtype == torch.bfloat16 and mask is None
 
 
 def trace(recipe: Recipe, place: Place, layers: int, tokens: int, device: str) -> Trace:
@@ -181,7 +176,8 @@ def trace(recipe: Recipe, place: Place, layers: int, tokens: int, device: str) -
     kernel = experts.ChunkedFfn.apply if device == "cpu" else experts.batched_ffn
     fused = patch.object(F, "scaled_dot_product_attention", _fused_attention(device))
     triton = patch.object(kernels, "use_triton", lambda tensor: device == "cuda")
-    grouped = patch.object(attention, "takes_grouped_queries", lambda query, *_: _by_cudnn(query, device))
+    takes = lambda query, _key, _value, mask: _by_flash(query, mask, device)  # noqa: E731
+    grouped = patch.object(attention, "takes_grouped_queries", takes)
     with torch.device("meta"), patch.object(experts, "batched_ffn", kernel), fused, triton, grouped:
         model = EcDit(recipe.model, 0, spread, recipe.train.recompute).to(TYPES[recipe.train.precision])
         batch, hidden = _inputs(recipe, model, spread, tokens)

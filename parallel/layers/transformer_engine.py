@@ -68,8 +68,8 @@ class Linear(te.Linear):
         return f"a linear of {self.weight.shape[1]} to {self.weight.shape[0]}"
 
 
-def random_input(*shape: int, like: Tensor) -> Tensor:
-    return torch.randn(shape, dtype=like.dtype, device=like.device).requires_grad_()
+def random_input(*shape: int, like: Tensor, std: float = 1.0) -> Tensor:
+    return (std * torch.randn(shape, dtype=like.dtype, device=like.device)).requires_grad_()
 
 
 def relative_error(ours: Callable[[], Tensor], plain: Callable[[], Tensor], inputs: list[Tensor]) -> float:
