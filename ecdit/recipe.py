@@ -12,7 +12,15 @@ from ecdit.model.sizes import SIZES
 from ecdit.recipe_data import DataRecipe
 from ecdit.recipe_engine import EngineOptions, engine_fits
 from ecdit.recipe_evaluation import EvaluationRecipe
-from ecdit.recipe_rules import compile_fits, divides, evaluations_have_checkpoints, fp8_fits, graph_fits, layout_divides
+from ecdit.recipe_rules import (
+    compile_fits,
+    divides,
+    evaluations_have_checkpoints,
+    fp8_fits,
+    graph_fits,
+    held_out_fits,
+    layout_divides,
+)
 from ecdit.recipe_section import PositiveFloat, PositiveInt, Section, Share
 
 
@@ -266,6 +274,15 @@ class CheckpointRecipe(Section):
     )
 
 
+class HeldOutRecipe(Section):
+    """The loss on pictures that are not trained on, from the averaged weights: always the same pictures, noise and
+    times, all tokens, no dropped captions, so that runs are compared without the noise of their batches."""
+
+    path: str | None = Field(None, description="Folder or URL of their shards; null: none.")
+    every: PositiveInt = Field(1000, description="Steps between evaluations; the last step has one too.")
+    pictures: PositiveInt = Field(1024, description="The first so many, a multiple of train.micro_batch.")
+
+
 class LogRecipe(Section):
     """What is told of a run while it runs."""
 
@@ -277,6 +294,7 @@ class LogRecipe(Section):
     tensorboard: bool = Field(True, description="Write TensorBoard files.")
     wandb: str | None = Field(None, description="Weights & Biases project; null: none.")
     grid_every: Annotated[int, Field(ge=0)] = Field(0, description="Steps between picture grids; 0: none.")
+    held_out: HeldOutRecipe = Field(HeldOutRecipe(), description="Loss on pictures that are not trained on.")
     prompts: list[str] = Field(
         ["a red circle", "a blue square", "two green triangles", "a yellow star left of a purple ring"],
         min_length=1,
@@ -388,6 +406,7 @@ class Recipe(Section):
         fp8_fits(self)
         engine_fits(self)
         evaluations_have_checkpoints(self)
+        held_out_fits(self)
         return self
 
     @model_validator(mode="after")

@@ -21,6 +21,7 @@ class Run:
         self.recipe_file = folder / "recipe.yaml"
         self.metrics_file = folder / "metrics.jsonl"
         self.collectives_file = folder / "collectives.json"
+        self.held_out_file = folder / "held-out.jsonl"
         self.checkpoints = folder / "checkpoints"
         self.samples = folder / "samples"
 
