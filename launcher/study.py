@@ -198,6 +198,9 @@ class _Process:
         code = self._process.poll()
         if code is None:
             return False
+        if code == STOPPED:  # by someone else, with a checkpoint
+            self._runner.stopped = True
+            return True
         if code:
             self._runner.failed(self._run, self._log, code)
             return True

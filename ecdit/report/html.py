@@ -15,8 +15,10 @@ h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .5
 p { max-width: 46rem; } p.note { color: #57606a; font-size: .9rem; } code { background: #f3f4f6; padding: 0 .25em; }
 table { border-collapse: collapse; font-size: .9rem; margin: .5rem 0; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #e5e7eb; text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #afb8c1; }
+th:first-child, td:first-child, table.text td, table.text th { text-align: left; }
+thead th { border-bottom: 2px solid #afb8c1; } td small { color: #57606a; white-space: nowrap; }
 .wide { overflow-x: auto; } img { max-width: 100%; } img.chart { display: block; }
+img.small { width: 60px; height: 60px; image-rendering: pixelated; }
 img.sample { width: 96px; height: 96px; object-fit: contain; image-rendering: pixelated; }
 div.strip { display: flex; flex-wrap: wrap; gap: 4px; max-width: 400px; }
 figure { margin: .5rem 0 1rem; } figcaption { color: #57606a; font-size: .85rem; }
@@ -39,13 +41,13 @@ def write_page(title: str, command: Sequence[str], sections: Sequence[tuple[str,
     aside.replace(out)
 
 
-def table(heads: list[str], rows: Iterable[list[str]], *, html: bool = False) -> str:
-    """`html`: the cells are marked up already; heads never are."""
+def table(heads: list[str], rows: Iterable[list[str]], *, html: bool = False, kind: str = "") -> str:
+    """`html`: the cells are marked up already; heads never are. kind: its class, text for columns of words."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in heads)
     body = "".join(
         "<tr>" + "".join(f"<td>{cell if html else escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def image(uri: str, text: str, kind: str = "") -> str:

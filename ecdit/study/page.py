@@ -7,17 +7,18 @@ from html import escape
 from pathlib import Path
 
 from ecdit.report import html
-from ecdit.report.figures import embed
+from ecdit.report.figures import as_svg, embed
 from ecdit.study import figures
 from ecdit.study.claims import HOLDS, NOT, Claim, Results, claims, interval
 from ecdit.study.compare import Findings, as_json, find
+from ecdit.study.intervals import Estimate
 from ecdit.study.machine import machine
 from ecdit.study.plan import Ablation, Study
 from ecdit.study.publish import publish as publish_to
 from ecdit.study.read import Judged, RunResult
 from ecdit.study.thumbnails import heatmap, right_or_wrong
 
-PICTURES = 3  # of a task, side by side
+PICTURES = 2  # of a task, side by side
 MARKS = {HOLDS: "#1a7f37", NOT: "#cf222e"}
 
 
@@ -49,8 +50,9 @@ def write(study: Study, publish: Path | None = None) -> list[str]:
     (study.folder / "study.json").write_text(text + "\n", encoding="utf-8")
     if compared:
         main = {name: runs for name, runs in compared.items() if name in study.plan.main} or compared
-        for kind in ("png", "svg"):
-            figures.losses(main, found, study.plan.reference).savefig(study.folder / f"loss.{kind}", dpi=110)
+        chart = figures.losses(main, found, study.plan.reference)
+        chart.savefig(study.folder / "loss.png", dpi=110)
+        (study.folder / "loss.svg").write_bytes(as_svg(chart))
     told.append(f"{sum(map(len, compared.values()))} runs compared: {page}")
     if publish is not None:
         told.append(publish_to(study, results, publish))
@@ -92,8 +94,11 @@ def _write_page(
         ("runs", "The runs", _runs(results)),
         ("method", "How it was measured", _method(study)),
     ]
-    command = ["ecdit", "study", str(study.source), *study.overrides]
-    html.write_page(f"{study.plan.name}: does expert choice win?", command, sections, out)
+    html.write_page(f"{study.plan.name}: does expert choice win?", _command(study), sections, out)
+
+
+def _command(study: Study) -> list[str]:
+    return ["ecdit", "study", str(study.source), *study.overrides, "--seeds", ",".join(map(str, study.seeds))]
 
 
 # ------------------------------------------------------------------------------------------------------------- sections
@@ -109,7 +114,7 @@ def _claims(made: list[Claim]) -> str:
         ]
         for claim in made
     ]
-    return html.table(["claim", "paper", "measured", "so"], rows, html=True) + html.note(
+    return html.table(["claim", "paper", "measured", "so"], rows, html=True, kind="text") + html.note(
         "The paper's words are of other models and data, and its numbers are not to be met here. A claim holds, or "
         "does not, where the whole interval is on that side."
     )
@@ -120,12 +125,12 @@ def _loss(main: Results, found: dict[str, Findings], study: Study) -> str:
     chart = html.image(embed(figures.losses(main, found, reference)), "held-out loss", "chart")
     rows = [
         [
-            name,
+            escape(name),
             str(len(one.seeds)),
-            interval(one.loss, "{:.4f}"),
-            "" if name == reference else interval(one.loss_difference, "{:+.4f}"),
-            "1" if name == reference else interval(one.steps_ratio, "{:.2f}"),
-            "1" if name == reference else interval(one.seconds_ratio, "{:.2f}"),
+            _cell(one.loss, "{:.4f}"),
+            "" if name == reference else _cell(one.loss_difference, "{:+.4f}"),
+            "1" if name == reference else _cell(one.steps_ratio, "{:.2f}"),
+            "1" if name == reference else _cell(one.seconds_ratio, "{:.2f}"),
             f"{one.seconds_a_step * study.runs[0].recipe.train.steps / 60:.1f}",
         ]
         for name, one in found.items()
@@ -142,7 +147,7 @@ def _loss(main: Results, found: dict[str, Findings], study: Study) -> str:
     return (
         chart
         + html.note(f"Averaged weights, on pictures that are not trained on. Dotted: the last loss of {reference}.")
-        + html.table(heads, rows)
+        + html.table(heads, rows, html=True)
         + html.note(f"Steps and time to the last loss of {reference}, over its own. Minutes of training alone.")
         + html.image(embed(figures.differences(found, reference)), "differences", "chart")
     )
@@ -154,17 +159,17 @@ def _scores(found: dict[str, Findings], study: Study) -> str:
     tasks = list(next(iter(found.values())).scores)
     rows = [
         [
-            name,
-            interval(one.overall, "{:.1%}"),
-            "" if name == study.plan.reference else interval(one.overall_difference, "{:+.1%}"),
-            *(interval(one.scores[task], "{:.0%}") for task in tasks),
+            escape(name),
+            _cell(one.overall, "{:.1%}"),
+            "" if name == study.plan.reference else _cell(one.overall_difference, "{:+.1%}"),
+            *(_cell(one.scores[task], "{:.0%}") for task in tasks),
         ]
         for name, one in found.items()
     ]
     heads = ["variant", "overall", f"less {study.plan.reference}'s", *(task.replace("_", " ") for task in tasks)]
     return (
         html.image(embed(figures.scores(found)), "scores", "chart")
-        + html.table(heads, rows)
+        + html.table(heads, rows, html=True)
         + html.note("Overall is the mean of the six tasks that GenEval has too, all but digits.")
     )
 
@@ -185,7 +190,7 @@ def _samples(main: Results) -> str:
 
 def _picture(name: str, judged: Judged) -> str:
     uri = right_or_wrong(judged.path, right=judged.right)
-    return html.image(uri, f"{name}: {judged.prompt}, {'right' if judged.right else 'wrong'}", "sample")
+    return html.image(uri, f"{name}: {judged.prompt}, {'right' if judged.right else 'wrong'}", "small")
 
 
 def _routing(main: Results, found: dict[str, Findings]) -> str:
@@ -229,16 +234,16 @@ def _ablation(ablation: Ablation, compared: Results) -> str:
         return title + html.note("Not run yet.")
     rows = [
         [
-            name,
-            interval(one.loss, "{:.4f}"),
+            escape(name),
+            _cell(one.loss, "{:.4f}"),
             *(
-                ["", "1", interval(one.overall, "{:.1%}"), ""]
+                ["", "1", _cell(one.overall, "{:.1%}"), ""]
                 if name == ablation.default
                 else [
-                    interval(one.loss_difference, "{:+.4f}"),
-                    interval(one.steps_ratio, "{:.2f}"),
-                    interval(one.overall, "{:.1%}"),
-                    interval(one.overall_difference, "{:+.1%}"),
+                    _cell(one.loss_difference, "{:+.4f}"),
+                    _cell(one.steps_ratio, "{:.2f}"),
+                    _cell(one.overall, "{:.1%}"),
+                    _cell(one.overall_difference, "{:+.1%}"),
                 ]
             ),
             f"{one.flops / found[ablation.default].flops:.2f}" if ablation.default in found else "",
@@ -246,7 +251,7 @@ def _ablation(ablation: Ablation, compared: Results) -> str:
         for name, one in found.items()
     ]
     heads = ["variant", "held-out loss", "less the default's", "steps to its loss", "score", "less the default's"]
-    return title + html.table([*heads, "operations"], rows)
+    return title + html.table([*heads, "operations"], rows, html=True)
 
 
 def _ablation_record(ablation: Ablation, compared: Results) -> dict:
@@ -254,11 +259,17 @@ def _ablation_record(ablation: Ablation, compared: Results) -> dict:
     return {"question": ablation.question, "variants": {name: asdict(one) for name, one in found.items()}}
 
 
+def _cell(found: Estimate | None, form: str) -> str:
+    """The value, and its interval under it."""
+    value, _, rest = interval(found, form).partition(" [")
+    return f"{escape(value)}<br><small>{escape(rest.removesuffix(']'))}</small>" if rest else escape(value)
+
+
 def _models(found: dict[str, Findings], study: Study) -> str:
     base = found.get(study.plan.reference)
     rows = [
         [
-            name,
+            escape(name),
             f"{one.parameters / 1e6:.1f}",
             f"{one.activated / 1e6:.1f}",
             f"{one.flops / 1e9:.3g}",
@@ -303,6 +314,6 @@ def _method(study: Study) -> str:
             "seeds for all, judged by exact detectors.",
             f"Intervals hold 95%: a bootstrap over {seeds}the pictures or prompts, the same resamples for both sides "
             f"of a difference; a share's is no narrower than Wilson's.{alone}",
-            f"To repeat it: {shlex.join(['ecdit', 'study', str(study.source), *study.overrides])}",
+            f"To repeat it: {shlex.join(_command(study))}",
         )
     )

@@ -39,7 +39,7 @@ class StudyPlan(Section):
     @property
     def main(self) -> list[str]:
         """The variants of the main comparison, in the order in which they are shown."""
-        return [self.reference, self.equal_compute, self.token_choice, *self.expert_choice]
+        return list(dict.fromkeys([self.reference, self.equal_compute, self.token_choice, *self.expert_choice]))
 
     @property
     def others(self) -> list[str]:
