@@ -63,8 +63,15 @@ class ModelRecipe(Section):
     kv_heads: PositiveInt = Field(description="Key and value heads of both attentions (grouped-query).")
     routing: Literal["dense", "expert_choice", "token_choice", "megatron_topk"] = Field(
         "expert_choice",
-        description="What every second block has for its feed-forward layer; megatron_topk (megatron-core's dropless "
+        description="What sparse blocks have for their feed-forward layer; megatron_topk (megatron-core's dropless "
         "top-2) needs a GPU and the extra te.",
+    )
+    sparse_layers: Literal["every_second", "all"] = Field(
+        "every_second", description="Which blocks are sparse: every second one, from the second on, or all."
+    )
+    router_input: Literal["modulated", "unmodulated"] = Field(
+        "modulated",
+        description="What a router reads: its layer's input, which the time has shifted and scaled, or that without.",
     )
     experts: PositiveInt = Field(8, description="Experts E of a MoE layer.")
     capacity_factor: PositiveFloat = Field(
@@ -97,8 +104,8 @@ class ModelRecipe(Section):
         return 2 * self.tokens
 
     def sparse(self, layer: int) -> bool:
-        """Whether block `layer`, counted from 0, has a MoE layer: every second one, from the second on."""
-        return self.routing != "dense" and layer % 2 == 1
+        """Whether block `layer`, counted from 0, has a MoE layer."""
+        return self.routing != "dense" and (self.sparse_layers == "all" or layer % 2 == 1)
 
     @property
     def grouped(self) -> bool:
@@ -142,6 +149,11 @@ class ModelRecipe(Section):
         if self.grouped:
             for tokens, use in ((self.group_tokens, "training"), (self.sample_group_tokens, "sampling")):
                 self._capacity_is_whole(tokens, use)
+        if self.routing == "megatron_topk" and self.router_input != "modulated":
+            raise ValueError(
+                f"@router_input: {self.router_input} does not go with routing: megatron_topk, whose layer has its own "
+                "router; set it to modulated"
+            )
         if self.routing in ("token_choice", "megatron_topk") and self.experts < 2:
             raise ValueError(f"@experts: {self.experts} is too few for top-2 routing; at least 2")
         return self

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -343,8 +344,7 @@ def test_the_held_out_loss_is_the_oracles_of_the_averaged_weights(tiny, shapes):
     assert np.mean(records[-1]["by_time"]) == pytest.approx(records[-1]["loss"], rel=1e-6)
     saved, _ = tiny.newest_checkpoint()
     m = recipe.model
-    names = ("layers", "width", "heads", "kv_heads", "routing", "experts", "capacity_factor", "side", "channels")
-    oracle = reference.EcDit(reference.Config(**{name: getattr(m, name) for name in (*names, "patch", "text_width")}))
+    oracle = reference.EcDit(reference.Config(**{f.name: getattr(m, f.name) for f in fields(reference.Config)}))
     oracle.load_state_dict(saved.kind("ema"))
     samples = [make(0, index) for index in range(12)]
     pixels = torch.stack([torch.from_numpy(sample.image) for sample in samples]).permute(0, 3, 1, 2)
