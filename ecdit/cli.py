@@ -46,6 +46,10 @@ def train(
     from ecdit.train import train as run_training
 
     callbacks = [ProgressBar(), JsonLines(), PictureGrid()]
+    if loaded.log.held_out.path:
+        from ecdit.callbacks.held_out import HeldOutLoss
+
+        callbacks.append(HeldOutLoss())
     if loaded.log.tensorboard:
         callbacks.append(TensorBoard())
     if loaded.log.wandb is not None:

@@ -27,6 +27,7 @@ VALID = "a run's folder, or what `ecdit export` wrote: a .safetensors file or a 
 # keys that decide what a weight means; all others of the section may differ
 SAME = ("layers", "width", "heads", "kv_heads", "patch", "channels", "text_width")
 SAME += ("decoder.layers", "decoder.width", "decoder.heads")
+SPARSE = {"experts": None, "sparse_layers": "every_second"}  # with what a recipe of before the key meant
 TOLD = ("data.text_encoder", "data.autoencoder")  # differing ones are allowed, and told
 
 
@@ -150,8 +151,8 @@ def _check_fits(model: ModelRecipe, source: Source) -> None:
         kinds = [(routing == "dense", routing == special) for routing in (model.routing, theirs["routing"])]
         if kinds[0] != kinds[1]:
             differing.append("routing")
-        elif not dense and ours["experts"] != theirs.get("experts"):
-            differing.append("experts")
+        elif not dense:
+            differing += [key for key, default in SPARSE.items() if ours[key] != theirs.get(key, default)]
     if differing:
         lines = [f"  model.{key}: {ours[key]!r} in the recipe, {theirs.get(key)!r} in init_from" for key in differing]
         raise UserError(

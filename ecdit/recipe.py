@@ -12,7 +12,15 @@ from ecdit.model.sizes import SIZES
 from ecdit.recipe_data import DataRecipe
 from ecdit.recipe_engine import EngineOptions, engine_fits
 from ecdit.recipe_evaluation import EvaluationRecipe
-from ecdit.recipe_rules import compile_fits, divides, evaluations_have_checkpoints, fp8_fits, graph_fits, layout_divides
+from ecdit.recipe_rules import (
+    compile_fits,
+    divides,
+    evaluations_have_checkpoints,
+    fp8_fits,
+    graph_fits,
+    held_out_fits,
+    layout_divides,
+)
 from ecdit.recipe_section import PositiveFloat, PositiveInt, Section, Share
 
 
@@ -55,8 +63,15 @@ class ModelRecipe(Section):
     kv_heads: PositiveInt = Field(description="Key and value heads of both attentions (grouped-query).")
     routing: Literal["dense", "expert_choice", "token_choice", "megatron_topk"] = Field(
         "expert_choice",
-        description="What every second block has for its feed-forward layer; megatron_topk (megatron-core's dropless "
+        description="What sparse blocks have for their feed-forward layer; megatron_topk (megatron-core's dropless "
         "top-2) needs a GPU and the extra te.",
+    )
+    sparse_layers: Literal["every_second", "all"] = Field(
+        "every_second", description="Which blocks are sparse: every second one, from the second on, or all."
+    )
+    router_input: Literal["modulated", "unmodulated"] = Field(
+        "modulated",
+        description="What a router reads: its layer's input, which the time has shifted and scaled, or that without.",
     )
     experts: PositiveInt = Field(8, description="Experts E of a MoE layer.")
     capacity_factor: PositiveFloat = Field(
@@ -89,8 +104,8 @@ class ModelRecipe(Section):
         return 2 * self.tokens
 
     def sparse(self, layer: int) -> bool:
-        """Whether block `layer`, counted from 0, has a MoE layer: every second one, from the second on."""
-        return self.routing != "dense" and layer % 2 == 1
+        """Whether block `layer`, counted from 0, has a MoE layer."""
+        return self.routing != "dense" and (self.sparse_layers == "all" or layer % 2 == 1)
 
     @property
     def grouped(self) -> bool:
@@ -134,6 +149,11 @@ class ModelRecipe(Section):
         if self.grouped:
             for tokens, use in ((self.group_tokens, "training"), (self.sample_group_tokens, "sampling")):
                 self._capacity_is_whole(tokens, use)
+        if self.routing == "megatron_topk" and self.router_input != "modulated":
+            raise ValueError(
+                f"@router_input: {self.router_input} does not go with routing: megatron_topk, whose layer has its own "
+                "router; set it to modulated"
+            )
         if self.routing in ("token_choice", "megatron_topk") and self.experts < 2:
             raise ValueError(f"@experts: {self.experts} is too few for top-2 routing; at least 2")
         return self
@@ -271,6 +291,15 @@ class CheckpointRecipe(Section):
     )
 
 
+class HeldOutRecipe(Section):
+    """The loss on pictures that are not trained on, from the averaged weights: always the same pictures, noise and
+    times, all tokens, no dropped captions, so that runs are compared without the noise of their batches."""
+
+    path: str | None = Field(None, description="Folder or URL of their shards; null: none.")
+    every: PositiveInt = Field(1000, description="Steps between evaluations; the last step has one too.")
+    pictures: PositiveInt = Field(1024, description="The first so many, a multiple of train.micro_batch.")
+
+
 class LogRecipe(Section):
     """What is told of a run while it runs."""
 
@@ -282,6 +311,7 @@ class LogRecipe(Section):
     tensorboard: bool = Field(True, description="Write TensorBoard files.")
     wandb: str | None = Field(None, description="Weights & Biases project; null: none.")
     grid_every: Annotated[int, Field(ge=0)] = Field(0, description="Steps between picture grids; 0: none.")
+    held_out: HeldOutRecipe = Field(HeldOutRecipe(), description="Loss on pictures that are not trained on.")
     prompts: list[str] = Field(
         ["a red circle", "a blue square", "two green triangles", "a yellow star left of a purple ring"],
         min_length=1,
@@ -393,6 +423,7 @@ class Recipe(Section):
         fp8_fits(self)
         engine_fits(self)
         evaluations_have_checkpoints(self)
+        held_out_fits(self)
         return self
 
     @model_validator(mode="after")

@@ -129,3 +129,20 @@ def evaluations_have_checkpoints(recipe: "Recipe") -> None:
             f"@evaluation.every: {every} is no multiple of checkpoint.every: {saved}, and only checkpoints are "
             f"evaluated; try {near}"
         )
+
+
+def held_out_fits(recipe: "Recipe") -> None:
+    """The held-out pictures, all of their tokens, make whole micro-batches of whole groups."""
+    held, model, micro = recipe.log.held_out, recipe.model, recipe.train.micro_batch
+    if held.path is None:
+        return
+    if held.pictures % micro:
+        raise ValueError(
+            f"@log.held_out.pictures: {held.pictures} is no multiple of train.micro_batch: {micro}; "
+            f"try {max(1, round(held.pictures / micro)) * micro}"
+        )
+    if model.grouped and micro * model.tokens % model.group_tokens:
+        raise ValueError(
+            f"@log.held_out.path: {held.path}, whose pictures enter with all {model.tokens} tokens, but "
+            f"train.micro_batch: {micro} of them do not fill groups of model.group_tokens: {model.group_tokens}"
+        )

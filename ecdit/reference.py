@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config:
-    """What decides the network. `routing` is dense, expert_choice or token_choice."""
+    """What decides the network. `routing` is dense, expert_choice or token_choice; `sparse_layers` every_second or all;
+    `router_input` modulated or unmodulated."""
 
     layers: int
     width: int
@@ -31,6 +32,8 @@ class Config:
     channels: int = 4
     patch: int = 2
     text_width: int = 2048
+    sparse_layers: str = "every_second"
+    router_input: str = "modulated"
 
 
 # ---------------------------------------------------------------------------------------------- rectified flow (1)
@@ -70,14 +73,17 @@ def expert_choice(scores: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     return ranked[..., :capacity], index[..., :capacity]
 
 
-def expert_choice_moe(x: Tensor, w_router: Tensor, w1: Tensor, w2: Tensor, capacity_factor: float) -> Tensor:
+def expert_choice_moe(
+    x: Tensor, w_router: Tensor, w1: Tensor, w2: Tensor, capacity_factor: float, scored: Tensor | None = None
+) -> Tensor:
     """The expert-choice layer, (5) to (8), Algorithm 1.
 
     x (G, T, D), w_router (D, E), w1 (E, D, F), w2 (E, F, D) -> (G, T, D). The gate is the affinity itself; a token
-    that no expert takes gets zero.
+    that no expert takes gets zero. scored (G, T, D): what the router reads; None: x.
     """
     tokens, experts = x.shape[1], w1.shape[0]
-    gates, index = expert_choice(affinity(x, w_router), int(tokens * capacity_factor / experts))
+    scores = affinity(x if scored is None else scored, w_router)
+    gates, index = expert_choice(scores, int(tokens * capacity_factor / experts))
     out = torch.zeros_like(x)
     for g in range(x.shape[0]):
         for e in range(experts):
@@ -87,18 +93,19 @@ def expert_choice_moe(x: Tensor, w_router: Tensor, w1: Tensor, w2: Tensor, capac
 
 
 def token_choice_moe(
-    x: Tensor, w_router: Tensor, w1: Tensor, w2: Tensor, capacity_factor: float
+    x: Tensor, w_router: Tensor, w1: Tensor, w2: Tensor, capacity_factor: float, scored: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The baseline: GShard's top-2 gating (Lepikhin et al. 2020, Algorithm 1) with capacity C = T f_c / E.
 
     Gates are renormalised over the two choices; an expert takes first choices before second ones, each in the order
     of the tokens, and drops what is over its capacity. Returns the output (G, T, D) and the auxiliary loss: E times
-    the sum over experts of (share of first choices) * (mean affinity), mean over groups.
+    the sum over experts of (share of first choices) * (mean affinity), mean over groups. scored (G, T, D): what the
+    router reads; None: x.
     """
     groups, tokens, _ = x.shape
     experts = w1.shape[0]
     capacity = int(tokens * capacity_factor / experts)
-    scores = affinity(x, w_router)
+    scores = affinity(x if scored is None else scored, w_router)
     out, aux = torch.zeros_like(x), scores.new_zeros(())
     for g in range(groups):
         top, choice = scores[g].sort(dim=-1, descending=True, stable=True)
@@ -197,13 +204,13 @@ class Moe(nn.Module):
         self.experts.up = parameter(experts, 4 * width, width)
         self.experts.down = parameter(experts, width, 4 * width)
 
-    def forward(self, x: Tensor, group_tokens: int) -> tuple[Tensor, Tensor]:
-        groups = x.reshape(-1, group_tokens, x.shape[-1])
+    def forward(self, x: Tensor, group_tokens: int, scored: Tensor) -> tuple[Tensor, Tensor]:
+        groups, scored = (part.reshape(-1, group_tokens, x.shape[-1]) for part in (x, scored))
         weights = (self.router.weight, self.experts.up.mT, self.experts.down.mT)
         if self.config.routing == "expert_choice":
-            out = expert_choice_moe(groups, *weights, self.config.capacity_factor)
+            out = expert_choice_moe(groups, *weights, self.config.capacity_factor, scored)
             return out.view_as(x), x.new_zeros((), dtype=torch.float32)
-        out, aux = token_choice_moe(groups, *weights, self.config.capacity_factor)
+        out, aux = token_choice_moe(groups, *weights, self.config.capacity_factor, scored)
         return out.view_as(x), aux
 
 
@@ -213,10 +220,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """One pre-norm block; the MoE layer stands in every even-numbered one, counted from 1 (4)."""
+    """One pre-norm block; in the paper the MoE layer stands in every even-numbered one, counted from 1 (4)."""
 
     def __init__(self, config: Config, sparse: bool):
         super().__init__()
+        self.unmodulated = config.router_input == "unmodulated"
         self.modulation = Linear(config.width, 4 * config.width, bias=True)
         self.self_attention = SelfAttention(config.width, config.heads, config.kv_heads)
         self.cross_attention = CrossAttention(config.width, config.heads, config.kv_heads)
@@ -231,7 +239,8 @@ class Block(nn.Module):
         x = x + self.self_attention(modulate(x, shift1, scale1))
         x = x + self.cross_attention(x, text, mask)
         h = modulate(x, shift2, scale2)
-        y, aux = self.moe(h, group_tokens) if self.sparse else self.ffn(h)
+        scored = F.layer_norm(x, x.shape[-1:], eps=1e-6) if self.unmodulated else h
+        y, aux = self.moe(h, group_tokens, scored) if self.sparse else self.ffn(h)
         return x + y, aux
 
 
@@ -285,7 +294,8 @@ class EcDit(nn.Module):
         self.patch = Linear(patch_width, width, bias=True)
         self.time = Mlp(self.TIME_FEATURES, width, F.silu)
         self.text = Mlp(config.text_width, width, lambda x: F.gelu(x, approximate="tanh"))
-        sparse = [config.routing != "dense" and layer % 2 == 1 for layer in range(config.layers)]
+        every = config.sparse_layers == "all"
+        sparse = [config.routing != "dense" and (every or layer % 2 == 1) for layer in range(config.layers)]
         self.blocks = nn.ModuleList(Block(config, moe) for moe in sparse)
         self.final = nn.Module()
         self.final.modulation = Linear(width, 2 * width, bias=True)

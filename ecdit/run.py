@@ -6,7 +6,7 @@ import yaml
 
 from ecdit.errors import UserError
 from ecdit.recipe import Recipe
-from ecdit.recipe_io import dump_recipe, load_recipe
+from ecdit.recipe_io import dump_recipe, load_recipe, parse_recipe
 from parallel.checkpoint import folder as checkpoints
 from parallel.checkpoint.folder import Checkpoint
 
@@ -21,6 +21,7 @@ class Run:
         self.recipe_file = folder / "recipe.yaml"
         self.metrics_file = folder / "metrics.jsonl"
         self.collectives_file = folder / "collectives.json"
+        self.held_out_file = folder / "held-out.jsonl"
         self.checkpoints = folder / "checkpoints"
         self.samples = folder / "samples"
 
@@ -71,7 +72,7 @@ def check_same_model(recipe: Recipe, saved: Checkpoint) -> list[str]:
 
     Raises UserError with every differing key where the model is another one, or the optimizer's states are.
     """
-    ours, theirs = (flat(r) for r in (recipe.model_dump(mode="json"), yaml.safe_load(saved.meta["recipe"])))
+    ours, theirs = (flat(r) for r in (recipe.model_dump(mode="json"), _with_defaults(saved.meta["recipe"])))
     differing = {key: (ours.get(key), theirs.get(key)) for key in sorted(ours.keys() | theirs.keys())}
     differing = {key: pair for key, pair in differing.items() if pair[0] != pair[1]}
     told = {key: f"{key}: {a!r} in the recipe, {b!r} in the checkpoint" for key, (a, b) in differing.items()}
@@ -82,6 +83,15 @@ def check_same_model(recipe: Recipe, saved: Checkpoint) -> list[str]:
             + "\n".join(f"  {line}" for line in fatal)
         )
     return [f"Goes on with another {line}." for key, line in told.items() if not key.startswith(HARMLESS)]
+
+
+def _with_defaults(text: str) -> dict[str, object]:
+    """A checkpoint's recipe, with the defaults of keys that are younger than it."""
+    values = yaml.safe_load(text)
+    try:
+        return parse_recipe(values, "a checkpoint").model_dump(mode="json")
+    except UserError:  # of another version, in which something else was valid
+        return values
 
 
 def flat(values: object, prefix: str = "") -> dict[str, object]:

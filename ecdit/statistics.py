@@ -7,7 +7,7 @@ from ecdit.model.router import RoutingPlan
 
 
 class RoutingStatistics:
-    """Share of tokens that no expert took, and spread of the experts per token, of each MoE layer in a step.
+    """Share of tokens that no expert took, mean and spread of the experts per token, of each MoE layer in a step.
 
     Sums stay on the device until `record`.
     """
@@ -37,4 +37,8 @@ class RoutingStatistics:
         tokens, unrouted, experts, squares = sums.double().unbind(1)
         mean = experts / tokens
         spread = (squares / tokens - mean.square()).clamp(min=0).sqrt()
-        return {"unrouted_share": (unrouted / tokens).tolist(), "experts_per_token_std": spread.tolist()}
+        return {
+            "unrouted_share": (unrouted / tokens).tolist(),
+            "experts_per_token": mean.tolist(),
+            "experts_per_token_std": spread.tolist(),
+        }

@@ -26,12 +26,12 @@ def check_file(out: Path) -> None:
     check_folder(out.parent)
 
 
-def check_folder(out: Path) -> None:
+def check_folder(out: Path, option: str = "--out") -> None:
     """Makes a folder that is to be written into. Raises UserError where there can be none."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"--out: {out}: a file is in the way; valid: a folder, or a name that is free") from None
+        raise UserError(f"{option}: {out}: a file is in the way; valid: a folder, or a name that is free") from None
 
 
 def join_job() -> None:

@@ -166,7 +166,9 @@ class Trainer:
         recipe = self.recipe
         if step == recipe.train.steps or recipe.log.collectives - step in (0, 1):
             return True
-        return any(every and step % every == 0 for every in (recipe.checkpoint.every, recipe.log.grid_every))
+        seen = [recipe.checkpoint.every, recipe.log.grid_every]
+        seen += [recipe.log.held_out.every] if recipe.log.held_out.path else []
+        return any(every and step % every == 0 for every in seen)
 
     def _launch(self, step: int, batches: Iterator[Batch]) -> Launched:
         began, schedule = time.perf_counter(), self.recipe.optimizer

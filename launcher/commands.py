@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ecdit.errors import UserError
 from ecdit.recipe_io import load_recipe
-from ecdit.terminal import Json, Overrides, RecipeFile, RunsFolder, console
+from ecdit.terminal import Json, Overrides, RecipeFile, RunsFolder, check_folder, console
 
 
 def register(app: typer.Typer) -> None:
@@ -19,6 +19,7 @@ def register(app: typer.Typer) -> None:
     app.command()(doctor)
     app.command()(plan)
     app.command()(scale)
+    app.command()(study)
     app.command()(supervise)
     app.command(hidden=True)(preflight)
 
@@ -149,6 +150,64 @@ def scale(
     found = study.gather()
     Console(width=max(Console().width, 100)).print(as_table(found))
     console.print(f"{study.folder}/scaling.json, {study.folder}/scaling.png", markup=False)
+
+
+def study(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Recipes and study.yaml, such as recipes/study.")],
+    overrides: Overrides = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="How many runs of each variant, or their seeds: 3, or 0,2,5. The plan's.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Run this variant alone; repeat it for more.")] = None,
+    ablations: Annotated[bool, typer.Option("--ablations", help="Run the plan's ablations too.")] = False,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop after so long: runs save a checkpoint; the page is written.")
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks of a run, by torchrun, with a GPU each.")] = 1,
+    on_slurm: Annotated[bool, typer.Option("--slurm", help="Submit the runs as jobs.")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="With --slurm: wait for the jobs, or leave.")] = True,
+    publish: Annotated[Path | None, typer.Option(help="Also put the page and its data into this folder.")] = None,
+    runs: RunsFolder = Path("runs"),
+) -> None:
+    """Compare models on equal terms: runs what is missing, scores it, and writes RUNS/NAME/index.html and study.json.
+
+    Without --slurm a run at a time on each GPU, or on the CPU. Exit code 1 where a run failed, 75 where time was up.
+    """
+    from ecdit.stop import StopRequest
+    from ecdit.study.page import write
+    from ecdit.study.plan import Study
+    from launcher.study import STOPPED, Runner
+
+    stop = StopRequest().listen()
+    made = Study(
+        folder, overrides or (), seeds=_seeds(seeds), only=only or (), ablations=ablations or bool(only), runs=runs
+    )
+    if publish is not None:
+        check_folder(publish, "--publish")
+    runner = Runner(made)
+    if on_slurm:
+        runner.submit()
+        if not wait:
+            console.print(f"Submitted; the same command gathers what is done into {made.folder}.", markup=False)
+            return
+        runner.wait(stop)
+    runner.run_here(stop, seconds=None if minutes is None else 60 * minutes, ranks=ranks)
+    stop.close()
+    for line in write(made, publish):
+        console.print(line, markup=False)
+    for failure in runner.failures:
+        console.print(f"{failure.name} failed: {failure.why} ({failure.log})", markup=False)
+    raise typer.Exit(1 if runner.failures else STOPPED if runner.stopped else 0)
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    """A number of seeds, or a list of them."""
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.isdigit() for part in parts) or parts == ["0"]:
+        raise UserError(f"--seeds: {text!r} is no number of seeds or list of them, such as 3 or 0,2,5")
+    return list(range(int(text))) if len(parts) == 1 else [int(part) for part in parts]
 
 
 def supervise(

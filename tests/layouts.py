@@ -1,6 +1,6 @@
 """Trains a tiny EC-DiT on some layout, and the oracle on one rank, on the same batches, for comparison."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from megatron.core import parallel_state
@@ -189,8 +189,7 @@ def train_oracle(case: Case) -> tuple[list[float], dict, dict]:
     recipe = case.recipe()
     ours = EcDit(recipe.model)
     randomize(ours)
-    names = ("layers", "width", "heads", "kv_heads", "routing", "experts", "capacity_factor", "side", "channels")
-    config = reference.Config(**{name: getattr(recipe.model, name) for name in (*names, "patch", "text_width")})
+    config = reference.Config(**{field.name: getattr(recipe.model, field.name) for field in fields(reference.Config)})
     oracle = reference.EcDit(config)
     oracle.load_state_dict(ours.state_dict())
     weights = dict(oracle.named_parameters())

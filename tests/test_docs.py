@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,8 +57,21 @@ def place(tmp_path_factory):
     (folder / "recipes").mkdir()
     QUICK["extends"] = str(ROOT / "recipes/quickstart.yaml")
     (folder / "recipes/quickstart.yaml").write_text(yaml.safe_dump(QUICK))
+    make_study(folder / "recipes/study/cpu")
     make_tar(folder / "photographs.tar")
     return folder
+
+
+def make_study(folder):
+    """A dense and an expert-choice model."""
+    folder.mkdir(parents=True)
+    source = ROOT / "recipes/study/cpu"
+    plan = yaml.safe_load((source / "study.yaml").read_text())
+    plan |= {"equal_compute": "dense", "token_choice": "dense", "expert_choice": ["expert_choice_8e"], "pictures": 1}
+    (folder / "study.yaml").write_text(yaml.safe_dump(plan))
+    (folder / "base.yaml").write_text(yaml.safe_dump(QUICK | {"extends": str(source / "base.yaml")}))
+    for name in ("dense", "expert_choice_8e"):
+        shutil.copy(source / f"{name}.yaml", folder)
 
 
 def run(arguments, folder):

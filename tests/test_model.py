@@ -1,5 +1,7 @@
 """The model against the oracle, and what a user relies on of its parts."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,8 +34,7 @@ def randomized(recipe: ModelRecipe, dtype=torch.float32) -> EcDit:
 
 def oracle_of(model: EcDit) -> reference.EcDit:
     m = model.recipe
-    names = ("layers", "width", "heads", "kv_heads", "routing", "experts", "capacity_factor", "side", "channels")
-    values = {name: getattr(m, name) for name in (*names, "patch", "text_width")}
+    values = {field.name: getattr(m, field.name) for field in fields(reference.Config)}
     oracle = reference.EcDit(reference.Config(**values)).to(next(model.parameters()).dtype)
     oracle.load_state_dict(model.state_dict())
     return oracle
@@ -48,10 +49,14 @@ def inputs(recipe: ModelRecipe, images: int, seed: int = 0):
     return x, torch.rand(images, generator=g), text, mask
 
 
+CHOICES = {"plain": {}, "all layers": {"sparse_layers": "all"}, "unmodulated": {"router_input": "unmodulated"}}
+
+
 @pytest.mark.parametrize("routing", ["dense", "expert_choice", "token_choice"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_outputs_and_gradients_match_the_oracle(routing, masked):
-    recipe = ModelRecipe(**TINY, routing=routing)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_outputs_and_gradients_match_the_oracle(routing, masked, choice):
+    recipe = ModelRecipe(**TINY, **CHOICES[choice], routing=routing)
     model = randomized(recipe)
     oracle = oracle_of(model)
     x, t, text, mask = inputs(recipe, images=8)

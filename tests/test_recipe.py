@@ -11,22 +11,27 @@ from ecdit.model.sizes import SIZES, table_rows
 from ecdit.recipe_io import dump_recipe, keys
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.yaml") if p.name != "base.yaml")
+RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.name not in ("base.yaml", "study.yaml"))
 GOLDEN = Path(__file__).parent / "golden"
 QUICKSTART = ROOT / "recipes/quickstart.yaml"
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def name_of(path):
+    return str(path.relative_to(ROOT / "recipes").with_suffix(""))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_resolved_recipes_are_golden(path, request):
     """`pytest --update-golden` writes them anew; the diff shows which setting moved."""
     text = dump_recipe(load_recipe(path))
-    golden = GOLDEN / path.name
+    golden = GOLDEN / f"{name_of(path)}.yaml"
     if request.config.getoption("--update-golden"):
+        golden.parent.mkdir(parents=True, exist_ok=True)
         golden.write_text(text)
     assert text == golden.read_text()
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_a_dump_reads_back(path, tmp_path):
     recipe = load_recipe(path)
     (tmp_path / "dump.yaml").write_text(dump_recipe(recipe))
@@ -100,6 +105,7 @@ MISTAKES = {
     "parallel.pipeline=3": "parallel.pipeline: 3 does not divide model.layers: 4; try one of 1, 2, 4",
     "parallel.dispatch_chunks=3": "parallel.dispatch_chunks: 3 does not divide the experts of a rank: 8",
     "run=a/b": "run: 'a/b' is not valid",
+    "log.held_out={path: x, pictures: 100}": "log.held_out.pictures: 100 is no multiple of",
     "nonsense": "an override has the form key=value",
     "train=3": "train: 3 is not valid",
     "train.steps.more=3": "steps is a value, not a section",

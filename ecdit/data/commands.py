@@ -72,7 +72,7 @@ def prepare(
     if source == "shapes":
         if resolution not in (None, 32):
             raise UserError(f"--resolution: {resolution}: shapes are drawn with 32 pixels a side")
-        prepare_shapes(out, count=count or SHAPES_COUNT, seed=seed)
+        prepare_shapes(out, count=count or SHAPES_COUNT, seed=seed, workers=workers or os.cpu_count() or 1)
         return
     if count is not None:
         raise UserError(f"--count: {count}: only shapes are made in a number of your choice")

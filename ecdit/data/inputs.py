@@ -83,7 +83,13 @@ class Inputs:
 
     def text(self, step: int, samples: Samples, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(b, L, Y) in fp32, and (b, L), True where a token is real; the empty caption's where captions are dropped."""
-        dropped = dropped_captions(self._recipe, step, positions)
+        return self._text(samples, dropped_captions(self._recipe, step, positions))
+
+    def whole_text(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """As `text`, with every caption."""
+        return self._text(samples, torch.zeros(len(samples.keys), dtype=torch.bool))
+
+    def _text(self, samples: Samples, dropped: Tensor) -> tuple[Tensor, Tensor]:
         if self._encoded.text is not None:
             device = self._place.device
             drop = to_device(dropped, device)[:, None]

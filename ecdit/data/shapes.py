@@ -4,10 +4,13 @@ Each sample is a function of (seed, index). Its task is one of GenEval's six (Gh
 caption states what the picture must show and nothing that it does not.
 """
 
+import io
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ecdit.data.shapes_draw import COLORS, SHAPES, SIDE, SIZES, background, coverage, digit_coverage, paint
 
@@ -223,3 +226,14 @@ def as_json(scene: Scene) -> dict[str, Any]:
         "digits": scene.digits,
         "digits_color": scene.digits_color,
     }
+
+
+def stored(seed: int, numbers: Iterable[int]) -> list[dict[str, Any]]:
+    """Samples as the columns of shards: the picture as a PNG's bytes."""
+    found = []
+    for number in numbers:
+        sample, file = make(seed, number), io.BytesIO()
+        Image.fromarray(sample.image).save(file, "PNG")
+        known = {"caption": sample.caption, "key": f"shapes-{seed}-{number}", "scene": as_json(sample.scene)}
+        found.append({"image": file.getvalue(), **known})
+    return found

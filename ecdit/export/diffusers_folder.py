@@ -18,7 +18,7 @@ MODEL, PIPELINE = "modeling_ecdit", "pipeline_ecdit"
 INDEX = "model_index.json"
 # what the network is made of; the rest of the recipe's section is of training
 KEYS = ("layers", "width", "heads", "kv_heads", "routing", "experts", "capacity_factor")
-KEYS += ("side", "channels", "text_width", "text_tokens")
+KEYS += ("side", "channels", "text_width", "text_tokens", "sparse_layers", "router_input")
 
 
 def write_pipeline(run: Run, kind: str, dtype: str, folder: Path) -> int:

@@ -40,15 +40,17 @@ class EcDitTransformer(ModelMixin, ConfigMixin):
         decoder_layers: int = 0,
         decoder_width: int = 512,
         decoder_heads: int = 16,
+        sparse_layers: str = "every_second",
+        router_input: str = "modulated",
     ):
         super().__init__()
         patch_width = patch_size**2 * channels
         self.patch = nn.Linear(patch_width, width)
         self.time = Mlp(TIME_FEATURES, width, F.silu)
         self.text = Mlp(text_width, width, gelu)
-        sparse = [routing != "dense" and layer % 2 == 1 for layer in range(layers)]
+        sparse = [routing != "dense" and (sparse_layers == "all" or layer % 2 == 1) for layer in range(layers)]
         self.blocks = nn.ModuleList(
-            Block(width, heads, kv_heads, Moe(width, experts, capacity_factor, routing) if moe else None)
+            Block(width, heads, kv_heads, Moe(width, experts, capacity_factor, routing) if moe else None, router_input)
             for moe in sparse
         )
         self.decoder = None
@@ -85,8 +87,11 @@ class EcDitTransformer(ModelMixin, ConfigMixin):
 class Block(nn.Module):
     """Self-attention, cross-attention (2) (3), then the feed-forward layer or the mixture of experts (4)."""
 
-    def __init__(self, width: int, heads: int, kv_heads: int, moe: nn.Module | None = None):
+    def __init__(
+        self, width: int, heads: int, kv_heads: int, moe: nn.Module | None = None, router_input: str = "modulated"
+    ):
         super().__init__()
+        self.router_input = router_input
         self.modulation = nn.Linear(width, 4 * width)
         self.self_attention = SelfAttention(width, heads, kv_heads)
         self.cross_attention = CrossAttention(width, heads, kv_heads)
@@ -101,7 +106,10 @@ class Block(nn.Module):
         x = x + self.self_attention(modulate(x, shift1, scale1))
         x = x + self.cross_attention(x, text, mask)
         h = modulate(x, shift2, scale2)
-        return x + (self.moe(h, group_tokens) if self.sparse else self.ffn(h))
+        if not self.sparse:
+            return x + self.ffn(h)
+        read = h if self.router_input == "modulated" else F.layer_norm(x, x.shape[-1:], eps=1e-6)
+        return x + self.moe(h, group_tokens, read)
 
 
 class SelfAttention(nn.Module):
@@ -158,9 +166,12 @@ class Moe(nn.Module):
         self.experts.up = nn.Parameter(torch.empty(experts, 4 * width, width))
         self.experts.down = nn.Parameter(torch.empty(experts, width, 4 * width))
 
-    def forward(self, x: Tensor, group_tokens: int) -> Tensor:
+    def forward(self, x: Tensor, group_tokens: int, scored: Tensor) -> Tensor:
+        """scored: what the router reads of the tokens."""
         tokens, experts = x.reshape(-1, x.shape[-1]), self.router.weight.shape[1]
-        affinity = torch.softmax(tokens.float() @ self.router.weight.float(), dim=-1).view(-1, group_tokens, experts)
+        affinity = torch.softmax(scored.reshape(tokens.shape).float() @ self.router.weight.float(), dim=-1).view(
+            -1, group_tokens, experts
+        )
         token, gate = self.choose(affinity, int(group_tokens * self.capacity_factor / experts))  # (E, R) both
         taken = gelu(torch.bmm(tokens[token], self.experts.up.mT))
         taken = torch.bmm(taken, self.experts.down.mT) * gate.to(x.dtype)[..., None]

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ecdit.model.attention import CrossAttention, SelfAttention
 from ecdit.model.experts import Ffn
-from ecdit.model.kernels.adaln import modulate
+from ecdit.model.kernels.adaln import EPSILON, modulate
 from ecdit.model.router import RoutingPlan
+from parallel.apex import layer_norm
 from parallel.spread import Spread
 
 
@@ -27,7 +28,8 @@ def recomputed(module: Callable[..., Any], spread: Spread, *inputs: Any) -> Any:
 
 
 class Block(nn.Module):
-    """Zero-initialised output projections make it the identity at first. `moe`: None for a dense block."""
+    """Zero-initialised output projections make it the identity at first. `moe`: None for a dense block; router_input:
+    what its router reads, its own input (modulated) or that before shift and scale (unmodulated)."""
 
     def __init__(
         self,
@@ -37,6 +39,7 @@ class Block(nn.Module):
         spread: Spread,
         moe: nn.Module | None = None,
         *,
+        router_input: str = "modulated",
         recompute_moe: bool = False,
     ):
         super().__init__()
@@ -48,7 +51,7 @@ class Block(nn.Module):
             self.ffn = Ffn(width, spread)
         else:
             self.moe = moe
-        self.sparse, self.recompute_moe = moe is not None, recompute_moe
+        self.sparse, self.router_input, self.recompute_moe = moe is not None, router_input, recompute_moe
 
     def forward(
         self, x: Tensor, time: Tensor, text: Tensor, mask: Tensor, group_tokens: int
@@ -61,8 +64,11 @@ class Block(nn.Module):
         h = modulate(x, shift2, scale2)
         if not self.sparse:
             return x + self.ffn(h), None
+        inputs = (h, group_tokens)
+        if self.router_input == "unmodulated":
+            inputs += (layer_norm(x, EPSILON),)
         if self.recompute_moe and torch.is_grad_enabled():
-            y, plan = recomputed(self.moe, self.spread, h, group_tokens)
+            y, plan = recomputed(self.moe, self.spread, *inputs)
         else:
-            y, plan = self.moe(h, group_tokens)
+            y, plan = self.moe(*inputs)
         return x + y, plan

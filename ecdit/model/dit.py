@@ -82,7 +82,15 @@ class EcDit(nn.Module):
             moe = MegatronTopk(recipe.width, recipe.experts, recipe.aux_loss, spread)
         elif recipe.sparse(layer):
             moe = Moe(recipe.width, recipe.experts, recipe.capacity_factor, recipe.routing, spread)
-        return Block(recipe.width, recipe.heads, recipe.kv_heads, spread, moe, recompute_moe=self.recompute == "moe")
+        return Block(
+            recipe.width,
+            recipe.heads,
+            recipe.kv_heads,
+            spread,
+            moe,
+            router_input=recipe.router_input,
+            recompute_moe=self.recompute == "moe",
+        )
 
     def forward(
         self,

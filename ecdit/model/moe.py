@@ -24,10 +24,12 @@ class Moe(nn.Module):
         self.router = Router(width, experts, capacity_factor, routing, spread)
         self.experts = Experts(width, experts, spread)
 
-    def forward(self, x: Tensor, group_tokens: int) -> tuple[Tensor, RoutingPlan]:
-        """x (B, S, D) with B * S a multiple of `group_tokens` -> (B, S, D), and where the tokens went."""
+    def forward(self, x: Tensor, group_tokens: int, scored: Tensor | None = None) -> tuple[Tensor, RoutingPlan]:
+        """x (B, S, D) with B * S a multiple of `group_tokens` -> (B, S, D), and where the tokens went. scored
+        (B, S, D): what the router reads of the tokens; None: x."""
         tokens = self.spread.own_tokens(x.reshape(-1, x.shape[-1]))
-        plan = self.router(tokens, group_tokens)
+        read = tokens if scored is None else self.spread.own_tokens(scored.reshape(-1, x.shape[-1]))
+        plan = self.router(read, group_tokens)
         plan.arrange(self.experts.exchange.arrange)
         slots_of = plan.slot_map()
         filled = plan.filled if plan.spanning else None  # zeros for the tokens of other tensor ranks, which send theirs

@@ -20,15 +20,20 @@ def color(number: int) -> str:
 
 def embed(figure: Figure) -> str:
     """A data URI."""
+    return data_uri("image/svg+xml", as_svg(figure))
+
+
+def as_svg(figure: Figure) -> bytes:
+    """A file that needs no fonts."""
     file = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "ecdit"}):  # the same figure, the same bytes
         figure.savefig(file, format="svg", metadata={"Date": None})
-    return _uri("image/svg+xml", file.getvalue())
+    return file.getvalue()
 
 
 def embed_png(path: Path) -> str:
     """A data URI."""
-    return _uri("image/png", path.read_bytes())
+    return data_uri("image/png", path.read_bytes())
 
 
 def loss_curves(runs: list[RunData], curves: list[Curve]) -> Figure:
@@ -49,7 +54,7 @@ def loss_curves(runs: list[RunData], curves: list[Curve]) -> Figure:
     lows = lows[np.isfinite(lows)]
     if lows.size:
         axes.set_ylim(max(0.0, lows.min() * 0.9), np.quantile(lows, 0.99) * 1.1)
-    _finish(axes, "step", "loss")
+    finish(axes, "step", "loss")
     return figure
 
 
@@ -63,8 +68,8 @@ def throughput(runs: list[RunData]) -> Figure:
                 known = np.isfinite(run.metrics[key])
                 steps, values = thin(run.steps[known], run.metrics[key][known] / unit, 300)
                 axes.plot(steps, values, color=color(number), lw=1.2, label=run.name)
-    _finish(left, "step", "images/s")
-    _finish(right, "step", "peak memory of a rank, GiB")
+    finish(left, "step", "images/s")
+    finish(right, "step", "peak memory of a rank, GiB")
     for axes in (left, right):
         axes.set_ylim(bottom=0)
     return figure
@@ -83,7 +88,7 @@ def fid_against_clip(runs: list[RunData]) -> Figure | None:
             axes.plot(clip, fid, "o-", color=color(number), label=run.name)
             for step, x, y in zip(steps, clip, fid, strict=True):
                 axes.annotate(f"{step:,}", (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
-    _finish(axes, "CLIP score (higher is better)", "FID (lower is better)")
+    finish(axes, "CLIP score (higher is better)", "FID (lower is better)")
     return figure
 
 
@@ -97,13 +102,14 @@ def scores_over_steps(runs: list[RunData], numbers: dict[str, list[list[tuple[in
         for number, (run, points) in enumerate(zip(runs, of_runs, strict=True)):
             if points:
                 axes.plot(*zip(*points, strict=True), "o-", ms=4, color=color(number), label=run.name)
-        _finish(axes, "step", name)
+        finish(axes, "step", name)
     for axes in panels[len(numbers) :]:
         axes.remove()
     return figure
 
 
-def _finish(axes, x: str, y: str) -> None:
+def finish(axes, x: str, y: str) -> None:
+    """Labels, a light grid, no frame, and a legend where lines have names."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
@@ -112,5 +118,6 @@ def _finish(axes, x: str, y: str) -> None:
         axes.legend(fontsize=8)
 
 
-def _uri(kind: str, data: bytes) -> str:
+def data_uri(kind: str, data: bytes) -> str:
+    """kind: a MIME type."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,32 +1,16 @@
 """The page: sections of tables and charts, in one file that opens without a network."""
 
-import shlex
-from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
 import numpy as np
 
+from ecdit.report import html
 from ecdit.report.curves import Curve, average, equal_loss, window_of
 from ecdit.report.figures import embed, embed_png, fid_against_clip, loss_curves, scores_over_steps, throughput
 from ecdit.report.read import RunData, read_runs
 from ecdit.report.scores import over_training, suites, table
 
-STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; margin: 0 auto; max-width: 1100px;
-  padding: 1.5rem; }
-h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .5rem; border-bottom: 1px solid #d8dee4; }
-p { max-width: 46rem; } p.note { color: #57606a; font-size: .9rem; } code { background: #f3f4f6; padding: 0 .25em; }
-table { border-collapse: collapse; font-size: .9rem; margin: .5rem 0; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #e5e7eb; text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #afb8c1; }
-.wide { overflow-x: auto; } img { max-width: 100%; } img.chart { display: block; }
-img.sample { width: 96px; height: 96px; object-fit: contain; image-rendering: pixelated; }
-div.strip { display: flex; flex-wrap: wrap; gap: 4px; max-width: 400px; }
-figure { margin: .5rem 0 1rem; } figcaption { color: #57606a; font-size: .85rem; }
-nav a { margin-right: 1rem; }
-"""
 # keys that change what a loss means, so that losses under other values are no fair comparison
 LOSS_KEYS = ("data.", "diffusion.", "masking.", "model.side", "model.channels", "model.patch", "model.decoder.")
 ANALYSES = ("allocation", "heterogeneity", "specialisation", "overlap")
@@ -47,18 +31,8 @@ def write_report(folders: list[Path], out: Path) -> None:
         ("speed", "Throughput and memory", _speed(runs)),
         ("recipes", "What the recipes differ in", _recipes(runs)),
     ]
-    links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections)
-    body = "".join(f'<section id="{key}"><h2>{title}</h2>{content}</section>' for key, title, content in sections)
-    title = escape(" · ".join(run.name for run in runs))
-    made = escape(shlex.join(["ecdit", "report", *map(str, folders)]))
-    aside = out.with_name(f"{out.name}.partial")
-    aside.write_text(
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-        f'</head><body><h1>{title}</h1><p class="note">Made by <code>{made}</code></p><nav>{links}</nav>{body}'
-        "</body></html>\n",
-        encoding="utf-8",
-    )
-    aside.replace(out)
+    title = " · ".join(run.name for run in runs)
+    html.write_page(title, ["ecdit", "report", *map(str, folders)], sections, out)
 
 
 def _overview(runs: list[RunData], curves: list[Curve]) -> str:
@@ -69,21 +43,21 @@ def _overview(runs: list[RunData], curves: list[Curve]) -> str:
         model = f"{recipe['model.layers']} layers, width {recipe['model.width']}"
         routing = recipe["model.routing"] + (f", {recipe['model.experts']} experts" if sparse else "")
         steps = f"{int(run.steps[-1]):,} of {recipe['train.steps']:,}"
-        rows.append([run.name, model, routing, steps, f"{recipe['train.batch']:,}", _number(curve.end)])
-    return _table(["run", "model", "routing", "steps", "batch", "loss at the end"], rows)
+        rows.append([run.name, model, routing, steps, f"{recipe['train.batch']:,}", html.number(curve.end)])
+    return html.table(["run", "model", "routing", "steps", "batch", "loss at the end"], rows)
 
 
 def _loss(runs: list[RunData], curves: list[Curve]) -> str:
     window = window_of(runs)
-    chart = _image(embed(loss_curves(runs, curves)), "loss over steps", "chart")
-    text = _note(f"Each point is the mean over the {window:,.0f} steps before it; what was logged is faint.")
+    chart = html.image(embed(loss_curves(runs, curves)), "loss over steps", "chart")
+    text = html.note(f"Each point is the mean over the {window:,.0f} steps before it; what was logged is faint.")
     if len(runs) == 1:
         return chart + text
     unlike = sorted(key for key in _differing(runs) if key.startswith(LOSS_KEYS))
     if unlike:
-        text += _note(f"These losses are not of the same task: the runs differ in {', '.join(unlike)}.")
+        text += html.note(f"These losses are not of the same task: the runs differ in {', '.join(unlike)}.")
     rows = [
-        [a.name, _number(curve.end), *(_steps(step, curve.step_of(curve.end)) for step in steps)]
+        [a.name, html.number(curve.end), *(_steps(step, curve.step_of(curve.end)) for step in steps)]
         for a, curve, steps in zip(runs, curves, equal_loss(curves), strict=True)
     ]
     heads = ["to reach the end of", "its loss", *(f"{run.name} needs" for run in runs)]
@@ -91,7 +65,7 @@ def _loss(runs: list[RunData], curves: list[Curve]) -> str:
         chart
         + text
         + "<p>The first step at which a run has the loss of another's end, over that one's own.</p>"
-        + _table(heads, rows)
+        + html.table(heads, rows)
     )
 
 
@@ -103,19 +77,21 @@ def _scores(runs: list[RunData]) -> str:
     parts = []
     figure = fid_against_clip(runs)
     if figure is not None:
-        parts.append(_figure(_image(embed(figure), "FID against CLIP", "chart"), "FID against CLIP, by step."))
+        parts.append(html.figure(html.image(embed(figure), "FID against CLIP", "chart"), "FID against CLIP, by step."))
     for suite in suites(runs):
         headings, rows = table(runs, suite)
         if not rows:
             continue
         parts.append(f"<h3>{escape(suite)}</h3>")
-        parts.append(_table([suite, *headings], [[name, *map(_number, numbers)] for name, numbers in rows.items()]))
-    return "".join(parts) or _note("No run has scores yet; <code>ecdit evaluate RUN</code> makes them.", html=True)
+        parts.append(
+            html.table([suite, *headings], [[name, *map(html.number, numbers)] for name, numbers in rows.items()])
+        )
+    return "".join(parts) or html.note("No run has scores yet; <code>ecdit evaluate RUN</code> makes them.", html=True)
 
 
 def _over_training(runs: list[RunData]) -> str:
     numbers = over_training(runs)
-    parts = [_image(embed(scores_over_steps(runs, numbers)), "scores over steps", "chart")] if numbers else []
+    parts = [html.image(embed(scores_over_steps(runs, numbers)), "scores over steps", "chart")] if numbers else []
     for run in runs:
         steps = sorted({step for of_step in run.drawn.values() for step in of_step})
         shown = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MOST_STEPS)).astype(int))]
@@ -124,19 +100,21 @@ def _over_training(runs: list[RunData]) -> str:
             for prompt, of_step in run.drawn.items()
         ]
         if rows:
-            parts.append(_table([run.name, *(f"step {step:,}" for step in shown)], rows, html=True))
+            parts.append(html.table([run.name, *(f"step {step:,}" for step in shown)], rows, html=True))
     told = "Nothing was evaluated while it trained; <code>evaluation.every</code> of the recipe asks for it."
-    return "".join(parts) or _note(told, html=True)
+    return "".join(parts) or html.note(told, html=True)
 
 
 def _drawn_at(run: RunData, prompt: str, step: int, of_step: dict[int, Path]) -> str:
-    return _image(embed_png(of_step[step]), f"{run.name}: {prompt}, step {step}", "sample") if step in of_step else ""
+    return (
+        html.image(embed_png(of_step[step]), f"{run.name}: {prompt}, step {step}", "sample") if step in of_step else ""
+    )
 
 
 def _samples(runs: list[RunData]) -> str:
     shared = [key for key in runs[0].pictures if all(key in run.pictures for run in runs)]
     if not shared:
-        return _note(
+        return html.note(
             "No picture of the same prompt and seed in every run; <code>ecdit sample RUN</code> with the same "
             "<code>--prompt</code> and <code>--seed</code> for each draws them.",
             html=True,
@@ -146,10 +124,12 @@ def _samples(runs: list[RunData]) -> str:
         keys = [key for key in shared[:MOST_PICTURES] if key[0] == prompt]
         rows.append([escape(prompt), *(_strip(run, keys) for run in runs)])
     unlike = {str(run.pictures[key].settings) for run in runs for key in shared}
-    text = _note("Not all were drawn with the same settings; each picture tells its own.") if len(unlike) > 1 else ""
+    text = (
+        html.note("Not all were drawn with the same settings; each picture tells its own.") if len(unlike) > 1 else ""
+    )
     if len(shared) > MOST_PICTURES:
-        text += _note(f"The first {MOST_PICTURES} of {len(shared)}.")
-    return _table(["prompt", *(run.name for run in runs)], rows, html=True) + text
+        text += html.note(f"The first {MOST_PICTURES} of {len(shared)}.")
+    return html.table(["prompt", *(run.name for run in runs)], rows, html=True) + text
 
 
 def _strip(run: RunData, keys: list[tuple[str, int]]) -> str:
@@ -158,7 +138,7 @@ def _strip(run: RunData, keys: list[tuple[str, int]]) -> str:
     for prompt, seed in keys:
         picture = run.pictures[prompt, seed]
         told = ", ".join(f"{key} {value}" for key, value in {"seed": seed, **picture.settings}.items())
-        images.append(_image(embed_png(picture.path), f"{run.name}: {prompt}, {told}", "sample"))
+        images.append(html.image(embed_png(picture.path), f"{run.name}: {prompt}, {told}", "sample"))
     return f'<div class="strip">{"".join(images)}</div>'
 
 
@@ -171,8 +151,8 @@ def _experts(runs: list[RunData]) -> str:
             parts.append(f"<h3>{escape(run.name)}</h3>")
         for path in found:
             name = path.relative_to(run.folder)
-            parts.append(_figure(_image(embed_png(path), f"{run.name}: {path.stem}"), escape(str(name))))
-    return "".join(parts) or _note("No run was analysed; <code>ecdit analyze RUN</code> does it.", html=True)
+            parts.append(html.figure(html.image(embed_png(path), f"{run.name}: {path.stem}"), escape(str(name))))
+    return "".join(parts) or html.note("No run was analysed; <code>ecdit analyze RUN</code> does it.", html=True)
 
 
 def _speed(runs: list[RunData]) -> str:
@@ -183,23 +163,23 @@ def _speed(runs: list[RunData]) -> str:
         rows.append(
             [
                 run.name,
-                _number(_median(metrics.get("images_per_s"))),
-                _number(_median(seconds)),
-                _number(float(np.nanquantile(seconds, 0.95)) if np.isfinite(seconds).any() else None),
-                _percent(_median(metrics.get("mfu"))),
-                _number(float(np.nanmax(memory)) / 2**30 if np.isfinite(memory).any() else None),
+                html.number(_median(metrics.get("images_per_s"))),
+                html.number(_median(seconds)),
+                html.number(float(np.nanquantile(seconds, 0.95)) if np.isfinite(seconds).any() else None),
+                html.percent(_median(metrics.get("mfu"))),
+                html.number(float(np.nanmax(memory)) / 2**30 if np.isfinite(memory).any() else None),
             ]
         )
     heads = ["run", "images/s", "step, s", "95% of steps within, s", "MFU", "peak memory of a rank, GiB"]
-    chart = _image(embed(throughput(runs)), "throughput and memory", "chart")
-    return _table(heads, rows) + _note("Medians over the logged steps.") + chart
+    chart = html.image(embed(throughput(runs)), "throughput and memory", "chart")
+    return html.table(heads, rows) + html.note("Medians over the logged steps.") + chart
 
 
 def _recipes(runs: list[RunData]) -> str:
     keys = sorted(_differing(runs) - {"run"})
     if len(runs) == 1 or not keys:
-        return _note("Nothing." if len(runs) > 1 else "There is one run.")
-    return _table(
+        return html.note("Nothing." if len(runs) > 1 else "There is one run.")
+    return html.table(
         ["key", *(run.name for run in runs)], [[key, *(_value(run.recipe.get(key)) for run in runs)] for key in keys]
     )
 
@@ -207,38 +187,6 @@ def _recipes(runs: list[RunData]) -> str:
 def _differing(runs: list[RunData]) -> set[str]:
     keys = {key for run in runs for key in run.recipe}
     return {key for key in keys if any(run.recipe.get(key) != runs[0].recipe.get(key) for run in runs)}
-
-
-# ------------------------------------------------------------------------------------------------------------- pieces
-
-
-def _table(heads: list[str], rows: Iterable[list[str]], *, html: bool = False) -> str:
-    """`html`: the cells are marked up already; heads never are."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in heads)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{cell if html else escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _image(uri: str, text: str, kind: str = "") -> str:
-    return f'<img class="{kind}" src="{uri}" alt="{escape(text)}" title="{escape(text)}">'
-
-
-def _figure(image: str, caption: str) -> str:
-    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
-
-
-def _note(text: str, *, html: bool = False) -> str:
-    return f'<p class="note">{text if html else escape(text)}</p>'
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None or not np.isfinite(value) else f"{value:.4g}"
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None or not np.isfinite(value) else f"{value:.1%}"
 
 
 def _median(values: np.ndarray | None) -> float | None:

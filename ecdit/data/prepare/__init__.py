@@ -7,51 +7,57 @@ shards are the same however many processes there are and however often they were
 
 import hashlib
 import json
+import multiprocessing
 import shutil
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from ecdit.data.encoded import ENCODED
 from ecdit.data.prepare.part import COUNTS, REPORT, Counts, folder_of
 from ecdit.data.prepare.settings import Settings
 from ecdit.data.prepare.work import Work
-from ecdit.data.shapes import as_json, make
+from ecdit.data.shapes import stored
 from ecdit.data.shards import INDEX, write_shards
 from ecdit.data.sources import Part, find_parts
 from ecdit.errors import UserError
 from parallel.crew import Crew
 
 SETTINGS, PLAN = "prepare.json", "plan.json"
+SHAPES_AT_ONCE = 1024  # that a process makes before it hands them over
 NAMED = 5  # of the pairs that were left out, in the message that nothing is left
 
 
-def prepare_shapes(out: Path, *, count: int, seed: int) -> None:
+def prepare_shapes(out: Path, *, count: int, seed: int, workers: int = 1) -> None:
     """Writes the embedded data set. Asked again for what is there already, it does nothing."""
     settings = {"source": "shapes", "count": count, "seed": seed}
     if _already_there(out, settings):
         return
-    partial = _partial(out)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    samples = (
-        {
-            "image": Image.fromarray(sample.image),
-            "caption": sample.caption,
-            "key": f"shapes-{seed}-{index}",
-            "scene": as_json(sample.scene),
-        }
-        for index in range(count)
-        for sample in (make(seed, index),)
-    )
-    columns = {"image": "png", "caption": "str", "key": "str", "scene": "json"}
-    written = write_shards(samples, partial, columns)
-    (partial / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    partial.rename(out)
+    begun = _partial(out)
+    shutil.rmtree(begun, ignore_errors=True)
+    begun.parent.mkdir(parents=True, exist_ok=True)
+    columns = {"image": "bytes", "caption": "str", "key": "str", "scene": "json"}
+    written = write_shards(_shapes(count, seed, workers), begun, columns)
+    (begun / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    begun.rename(out)
     _say(f"{written} samples in {out}.")
+
+
+def _shapes(count: int, seed: int, workers: int) -> Iterator[dict[str, Any]]:
+    """The samples in their order, made by so many processes where they are many."""
+    parts = [range(first, min(first + SHAPES_AT_ONCE, count)) for first in range(0, count, SHAPES_AT_ONCE)]
+    if min(workers, len(parts)) < 2:
+        for numbers in parts:
+            yield from stored(seed, numbers)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ecdit.data.shapes"])
+    with context.Pool(min(workers, len(parts))) as pool:
+        for samples in pool.imap(partial(stored, seed), parts):
+            yield from samples
 
 
 def prepare(settings: Settings, out: Path, *, workers: int, crew: Crew | None = None) -> None:
