@@ -94,12 +94,14 @@ class Curve(Callback):
         print(message)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("routing", ["expert_choice", "token_choice", "dense"])
-def test_a_step_makes_no_host_wait_and_is_the_same_as_a_graph(tmp_path, routing):
+def test_a_step_makes_no_host_wait_and_is_the_same_as_a_graph(tmp_path, routing, precision):
     prepare_shapes(tmp_path / "shapes", count=64, seed=0)
     changes = [
         f"data.streams=[{{path: {tmp_path}/shapes}}]", f"model.routing={routing}", "train.steps=10", "train.batch=16",
         "train.micro_batch=8", "masking.ratio=[[0,0.5],[6,0.0]]", "log.grid_every=0", "checkpoint.every=100",
+        f"train.precision={precision}",
     ]  # fmt: skip
     curves = {}
     for graph in (False, True):

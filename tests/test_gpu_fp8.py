@@ -10,11 +10,14 @@ from benchmarks.peers import in_fp8, randomized
 from ecdit import load_recipe, reference
 from ecdit.callbacks import Callback
 from ecdit.data.prepare import prepare_shapes
+from ecdit.model.dit import EcDit
 from ecdit.model.experts import Ffn
 from ecdit.model.moe import Moe
 from ecdit.train import train
 from parallel.precision import KINDS
 from parallel.spread import Spread
+from parallel.topology import Layout
+from tests.layouts import Case, randomize
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,6 +26,9 @@ pytestmark = [
     ),
 ]
 WIDTH, EXPERTS, GROUPS, TOKENS = 512, 8, 4, 1024
+# Of two products in a row: three bits of a mantissa are 2.6% off in the mean square, so a product of two numbers is
+# 3.7% off and two products in a row 5.2%; gradients have two bits, 5.2%. What a block adds it to is not rounded.
+LAYER = 6e-2, 1e-1
 
 
 def gradients(function, inputs, weights):
@@ -71,7 +77,7 @@ def test_a_moe_layer_in_fp8_is_the_oracles(kind):
         moe_beside_the_oracle(moe, fp8.region)  # a delayed scale knows nothing at first
         found = moe_beside_the_oracle(moe, fp8.region)
     print(kind, "result, gradients of tokens, router, up, down:", found)
-    assert max(found) < 5e-2
+    assert found[0] < LAYER[0] and max(found) < LAYER[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -95,7 +101,40 @@ def test_a_dense_layer_in_fp8_is_torchs(kind):
         gradients(ours, [x], weights)
         found = errors(gradients(ours, [x], weights), gradients(oracle, [x.float()], wide))
     print(kind, "result, gradients of tokens, up, down:", found)
-    assert max(found) < 5e-2
+    assert found[0] < LAYER[0] and max(found) < LAYER[1]
+
+
+@pytest.mark.parametrize("routing", ["dense", "expert_choice"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_in_fp8_is_the_oracles(kind, routing):
+    recipe = Case(Layout(), 1, routing, model=(("width", 256), ("layers", 6), ("group_tokens", 64))).recipe().model
+    names = ("layers", "width", "heads", "kv_heads", "routing", "experts", "capacity_factor", "side", "channels")
+    oracle = reference.EcDit(reference.Config(**{n: getattr(recipe, n) for n in (*names, "patch", "text_width")}))
+
+    def make(spread):
+        with torch.device("cuda"):
+            model = EcDit(recipe, spread=spread)
+            randomize(model)
+        return model.bfloat16()
+
+    generator = torch.Generator().manual_seed(0)
+    x, t = torch.randn(32, 3, 8, 8, generator=generator), torch.rand(32, generator=generator)
+    text, mask = torch.randn(32, 5, 12, generator=generator), torch.ones(32, 5, dtype=torch.bool)
+    with in_fp8(kind, make) as (model, _):
+        oracle.load_state_dict(
+            {name: weight.float().cpu() for name, weight in model.state_dict().items()}, strict=False
+        )
+        for _ in range(2):
+            found = model(x.cuda(), t.cuda(), text.cuda(), mask.cuda()).velocity.detach().float().cpu()
+    with torch.no_grad():
+        expected = oracle(x, t, text, mask, recipe.group_tokens)[0]
+    target = torch.randn(expected.shape, generator=generator)
+    losses = [reference.flow_loss(velocity, target).item() for velocity in (found, expected)]
+    off = errors([found], [expected])[0]
+    print(kind, routing, "velocity:", off, "loss:", losses)
+    assert losses[0] == pytest.approx(losses[1], rel=5e-2)
+    # some tokens meet other experts, as their affinities are rounded: so far off is bf16, too
+    assert off < (5e-2 if routing == "dense" else 1e-1)
 
 
 class Losses(Callback):
