@@ -296,6 +296,7 @@ def test_what_is_published_is_small_and_whole(done, tmp_path):
     lines = gzip.decompress((run / "metrics.jsonl.gz").read_bytes()).decode().splitlines()
     assert len(lines) == STEPS and (run / "recipe.yaml").exists()
     assert len(gzip.decompress((run / "shapes.jsonl.gz").read_bytes()).splitlines()) == 10 * len(TASKS)
+    assert sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file()) < 2e6
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     write(done, tmp_path / "out")
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
