@@ -184,7 +184,7 @@ def study(
     )
     if publish is not None:
         check_folder(publish, "--publish")
-    runner = Runner(made)
+    runner = Runner(made, on_slurm=on_slurm)
     if on_slurm:
         runner.submit()
         if not wait:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ecdit.evaluate.held import held
 from ecdit.status import BAD_INPUT, read_status
 from ecdit.stop import StopRequest
 from ecdit.study.plan import Study, StudyRun
@@ -24,7 +25,7 @@ from ecdit.terminal import console
 from launcher import slurm
 from launcher.launch import launch
 from parallel.checkpoint import CheckpointError
-from parallel.checkpoint.folder import MANIFEST, committed
+from parallel.checkpoint.folder import MANIFEST, committed, step_of
 from parallel.checkpoint.lock import FolderLock
 
 STOPPED = 75
@@ -43,11 +44,11 @@ class Failure:
 
 
 class Runner:
-    """The runs of a study. `failures`: those that could not be done; `stopped`: whether something is left to do because
-    time was up or a signal came."""
+    """The runs of a study. on_slurm: jobs train and score them, and here they are analysed alone. `failures`: those
+    that could not be done; `stopped`: whether something is left to do because time was up or a signal came."""
 
-    def __init__(self, study: Study):
-        self.study = study
+    def __init__(self, study: Study, *, on_slurm: bool = False):
+        self.study, self.on_slurm = study, on_slurm
         self.failures: list[Failure] = []
         self.stopped = False
 
@@ -65,18 +66,19 @@ class Runner:
         command = [sys.executable, "-m", *many, "ecdit.cli"]
         result = self._result(run)
         folder = str(result.place.folder)
-        if not self._is_trained(run):
+        if not self._is_trained(run) and not self.on_slurm:
             yield [*command, "train", str(run.file), *run.overrides, "--runs", str(self.study.folder)]
-        if self._is_trained(run) and not result.scores_file.exists() and self._has_checkpoint(result):
+        if self._is_to_be_scored(result) and not self.on_slurm:
             suite = ["--suite", "shapes", "--step", str(result.step), "-n", str(self.study.plan.pictures)]
             yield [*command, "evaluate", folder, *suite]
         if self._is_to_be_analysed(run):
             yield [sys.executable, "-m", "ecdit.cli", "analyze", folder]
 
     @staticmethod
-    def _has_checkpoint(result: RunResult) -> bool:
-        """A run that has gone on beyond the step may have none of it any more."""
-        return any(folder.name == f"step-{result.step}" for folder in committed(result.place.checkpoints))
+    def _is_to_be_scored(result: RunResult) -> bool:
+        """While it has a checkpoint of the step: one that has gone on beyond it may have none any more."""
+        steps = [step_of(folder) for folder in committed(result.place.checkpoints)]
+        return result.step in steps and not result.scores_file.exists()
 
     def _is_to_be_analysed(self, run: StudyRun) -> bool:
         """Runs with experts, of the first seed, since their newest checkpoint."""
@@ -127,8 +129,9 @@ class Runner:
         """A job for each run that is not done and has none; it also scores the last step, as `evaluation` of a recipe
         does. Raises UserError with what sbatch says."""
         for run in self.study.runs:
-            status = read_status(self._result(run).place.folder)
-            if not self._is_trained(run) and not slurm.alive(status.get("job")):
+            result = self._result(run)
+            missing = not self._is_trained(run) or self._is_to_be_scored(result)
+            if missing and not self._under_way(run):
                 number = launch(run.file, [*run.overrides, *self._scored(run)], None, self.study.folder)
                 console.print(f"{run.name}: job {number}", markup=False)
 
@@ -154,8 +157,11 @@ class Runner:
                 self.failures.append(Failure(run.name, status.get("why", BAD_INPUT), log))
 
     def _under_way(self, run: StudyRun) -> bool:
-        status = read_status(self._result(run).place.folder)
-        return status.get("state") not in ENDED and slurm.alive(status.get("job"))
+        """Its job, or that of its scores."""
+        place = self._result(run).place
+        status = read_status(place.folder)
+        trains = status.get("state") not in ENDED and slurm.alive(status.get("job"))
+        return trains or any(slurm.alive(by.get("job")) for by in held(place).values())
 
 
 class _Process:
@@ -180,6 +186,8 @@ class _Process:
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         if self.place is not None:
             environment["CUDA_VISIBLE_DEVICES"] = self.place
+            # as torchrun does: several processes that each take all cores wait for one another at every small operation
+            environment.setdefault("OMP_NUM_THREADS", "1")
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(

@@ -27,6 +27,7 @@ STRONG = ["train.steps=30", "optimizer.lr=1e-2", "model.layers=4"]  # weights th
 RUNS = {
     "expert_choice": [],
     "token_choice": ["model.routing=token_choice", "sample.solver=heun", "sample.guidance=2.0", "sample.batch=2"],
+    "choices": ["model.sparse_layers=all", "model.router_input=unmodulated"],
     "decoder": ["model.routing=dense", "masking.ratio=0.5", "model.decoder.layers=1", "model.decoder.width=16",
                 "model.decoder.heads=2"],
 }  # fmt: skip

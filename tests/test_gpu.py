@@ -1,10 +1,12 @@
 """What needs a GPU: the same parity there, Transformer Engine's linears, megatron-core's MoE layer, NCCL."""
 
+import numpy as np
 import pytest
 import torch
 
 from ecdit import load_recipe
 from ecdit.callbacks import Callback
+from ecdit.callbacks.held_out import HeldOutLoss
 from ecdit.data.encoders import load_text_encoder
 from ecdit.data.prepare import prepare_shapes
 from ecdit.train import train
@@ -101,14 +103,16 @@ def test_a_step_makes_no_host_wait_and_is_the_same_as_a_graph(tmp_path, routing,
     changes = [
         f"data.streams=[{{path: {tmp_path}/shapes}}]", f"model.routing={routing}", "train.steps=10", "train.batch=16",
         "train.micro_batch=8", "masking.ratio=[[0,0.5],[6,0.0]]", "log.grid_every=0", "checkpoint.every=100",
-        f"train.precision={precision}",
+        f"train.precision={precision}", f"log.held_out={{path: {tmp_path}/shapes, every: 7, pictures: 16}}",
     ]  # fmt: skip
     curves = {}
     for graph in (False, True):
         name = f"{routing}-{graph}"
         recipe = load_recipe("recipes/quickstart.yaml", [*changes, f"train.graph={graph}", f"run={name}"])
         curve = Curve()
-        assert train(recipe, tmp_path, [curve]) == 0
+        assert train(recipe, tmp_path, [curve, HeldOutLoss()]) == 0
         curves[graph] = curve.losses
     print(routing, max(abs(a - b) / b for a, b in zip(curves[True], curves[False], strict=True)))
     assert curves[True] == pytest.approx(curves[False], rel=1e-5)
+    seen = [np.load(tmp_path / f"{routing}-{graph}/held-out/step-10.npy") for graph in (False, True)]
+    assert seen[0] == pytest.approx(seen[1], rel=1e-4)  # the averaged weights were put in and taken out again

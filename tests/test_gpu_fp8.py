@@ -132,9 +132,8 @@ def test_a_model_in_fp8_is_the_oracles(kind, routing):
     losses = [reference.flow_loss(velocity, target).item() for velocity in (found, expected)]
     off = errors([found], [expected])[0]
     print(kind, routing, "velocity:", off, "loss:", losses)
-    assert losses[0] == pytest.approx(losses[1], rel=5e-2)
-    # some tokens meet other experts, as their affinities are rounded: so far off is bf16, too
-    assert off < (5e-2 if routing == "dense" else 1e-1)
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+    assert off < 0.15  # after twelve rounded layers whose sum is larger than what they are added to
 
 
 class Losses(Callback):

@@ -147,6 +147,7 @@ REFUSED = {
     "model.width=64": ["model.width: 64 in the recipe, 32 in init_from"],
     "model.layers=2": ["model.layers: 2 in the recipe, 4 in init_from"],
     "model.experts=8": ["model.experts: 8 in the recipe, 4 in init_from"],
+    "model.sparse_layers=all": ["model.sparse_layers: 'all' in the recipe, 'every_second' in init_from"],
     "model.routing=dense": ["model.routing: 'dense' in the recipe, 'expert_choice' in init_from"],
     "model.heads=4 model.kv_heads=4 model.patch=2": [
         "model.heads: 4 in the recipe, 2 in init_from",

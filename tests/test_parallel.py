@@ -13,6 +13,7 @@ from tests.layouts import Case, train_cases, train_oracle
 from tests.ranks import run_on_ranks
 
 EC, TC, DENSE = "expert_choice", "token_choice", "dense"
+CHOICES = (("sparse_layers", "all"), ("router_input", "unmodulated"))  # not the paper's
 
 # A few of each axis; `-m slow` runs the whole matrix.
 FAST = [
@@ -24,6 +25,7 @@ FAST = [
     Case(Layout(tensor=4, expert=4, sequence=True), 8, routing=TC, accumulation=4),  # groups span the tensor ranks
     Case(Layout(tensor=2, pipeline=2, sequence=True), 8, routing=DENSE, recompute="block"),
     Case(Layout(tensor=2, expert=8, sequence=True), 8, accumulation=4, recompute="moe"),  # two tensor groups exchange
+    Case(Layout(tensor=2, expert=2, sequence=True), 8, recompute="moe", model=CHOICES),
 ]
 
 LAYOUTS = [

@@ -123,6 +123,11 @@ TOGETHER = {
         "train.compile: true does not go with train.linears: transformer_engine; set it to false, or train.linears to",
     ("train.compile=true", "train.precision=bf16", "precision.fp8=current"):
         "train.compile: true does not go with precision.fp8: current",
+    ("model.routing=megatron_topk", "model.router_input=unmodulated"):
+        "model.router_input: unmodulated does not go with routing: megatron_topk",
+    ("log.held_out.path=x", "masking.ratio=0.25", "model.experts=4", "model.group_tokens=24", "model.patch=8",
+     "train.micro_batch=2"):
+        "log.held_out.path: x, whose pictures enter with all 16 tokens",
     ("precision.fp8=block",): "precision.fp8: block goes with train.precision: bf16, not fp32",
     ("train.precision=bf16", "precision.fp8=delayed", "train.recompute=moe"):
         "precision.fp8: delayed does not go with train.recompute: moe; try current or block",

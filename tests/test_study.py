@@ -296,6 +296,7 @@ def test_what_is_published_is_small_and_whole(done, tmp_path):
     lines = gzip.decompress((run / "metrics.jsonl.gz").read_bytes()).decode().splitlines()
     assert len(lines) == STEPS and (run / "recipe.yaml").exists()
     assert len(gzip.decompress((run / "shapes.jsonl.gz").read_bytes()).splitlines()) == 10 * len(TASKS)
+    assert sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file()) < 2e6
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     write(done, tmp_path / "out")
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
@@ -428,8 +429,9 @@ def test_a_study_that_was_stopped_goes_on_and_a_failed_run_is_named(shapes, tmp_
 def test_jobs_are_submitted_for_what_is_missing_and_score_themselves(done, monkeypatch):
     jobs = []
     monkeypatch.setattr("launcher.study.launch", lambda file, keys, nodes, runs: jobs.append((file, keys)) or "7")
-    Runner(done).submit()
+    Runner(done, on_slurm=True).submit()
     assert len(jobs) == len(done.runs)  # none of these has a checkpoint
+    assert not list(Runner(done, on_slurm=True).tasks(done.runs[0]))  # nothing is trained where it was typed
     file, keys = jobs[0]
     recipe = load_recipe(file, keys)
     assert recipe.evaluation.suites == ["shapes"] and recipe.evaluation.options == {"n": 4}

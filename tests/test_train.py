@@ -8,13 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 from PIL import Image
 
 from ecdit import UserError, load_recipe, sample
 from ecdit.callbacks.metrics import Wandb, read_metrics
 from ecdit.data.prepare import Settings, prepare, prepare_shapes
+from ecdit.run import check_same_model
 from tests.command import ecdit
 from tests.photographs import photographs
 from tests.tiny_encoders import make_autoencoder, make_text_encoder
@@ -293,3 +296,18 @@ def test_photographs_are_overfitted_through_real_encoders(tmp_path):
     drawn = ecdit("sample", tmp_path / "quickstart", "--prompt", "a dog", "-n", 1)
     assert drawn.returncode == 0, drawn.stderr
     assert Image.open(tmp_path / "quickstart/samples/a-dog-0.png").size == (64, 64)
+
+
+def test_a_checkpoint_that_is_older_than_a_key_goes_on_with_its_default():
+    recipe = load_recipe(ROOT / "recipes/quickstart.yaml")
+    values = recipe.model_dump(mode="json")
+    del values["model"]["sparse_layers"], values["log"]["held_out"]
+    saved = SimpleNamespace(folder="step-1", meta={"recipe": yaml.safe_dump(values)})
+    assert check_same_model(recipe, saved) == []
+    other = load_recipe(ROOT / "recipes/quickstart.yaml", ["model.sparse_layers=all"])
+    with pytest.raises(UserError, match=r"model\.sparse_layers: 'all' in the recipe, 'every_second' in the checkpoint"):
+        check_same_model(other, saved)
+    values["model"]["of_another_version"] = 1
+    saved.meta["recipe"] = yaml.safe_dump(values)
+    with pytest.raises(UserError, match="of_another_version"):
+        check_same_model(recipe, saved)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ecdit.diffusion.masking import keep_count
 from ecdit.evaluate.shapes import GENEVAL
 from ecdit.model.count import count_parameters, forward_flops
 from ecdit.report.curves import Curve
@@ -21,7 +22,7 @@ class Findings:
     seeds that both have.
 
     loss: held-out. steps_ratio: steps for the reference's last loss over the reference's steps; inf: not reached; and
-    seconds_ratio, the same in time. scores: by task. flops: of an image's forward pass.
+    seconds_ratio, the same in time. scores: by task. flops: of an image's forward pass in training.
     """
 
     name: str
@@ -54,7 +55,7 @@ def find(runs: list[RunResult], reference: list[RunResult]) -> Findings:
         seeds=[run.run.seed for run in compared],
         parameters=count.total - count.encoders,
         activated=count.activated - count.encoders,
-        flops=forward_flops(recipe.model, recipe.model.tokens),
+        flops=forward_flops(recipe.model, keep_count(recipe.model.tokens, recipe.masking.schedule[-1][1])),
         seconds_a_step=seconds,
         images_per_s=recipe.train.batch / seconds,
         mfu=float(np.median([run.median("mfu") for run in compared or runs])),

@@ -36,7 +36,8 @@ def losses(results: dict[str, list[RunResult]], found: dict[str, Findings], refe
         starts.append(mean[min(len(mean) - 1, max(1, len(mean) // 8))])
     if reference in results:
         _mark(left, right, results, found, reference)
-    left.set_ylim(min(lows) - 0.05 * (max(starts) - min(lows)), max(starts))
+    if max(starts) > min(lows):
+        left.set_ylim(min(lows) - 0.05 * (max(starts) - min(lows)), max(starts))
     finish(left, "step", "held-out loss")
     finish(right, "minutes of training", "")
     return figure

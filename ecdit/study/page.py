@@ -144,12 +144,15 @@ def _loss(main: Results, found: dict[str, Findings], study: Study) -> str:
         "time to its loss",
         "minutes",
     ]
+    differences = ""
+    if len(found) > 1 and reference in found:
+        differences = html.image(embed(figures.differences(found, reference)), "differences", "chart")
     return (
         chart
         + html.note(f"Averaged weights, on pictures that are not trained on. Dotted: the last loss of {reference}.")
         + html.table(heads, rows, html=True)
         + html.note(f"Steps and time to the last loss of {reference}, over its own. Minutes of training alone.")
-        + html.image(embed(figures.differences(found, reference)), "differences", "chart")
+        + differences
     )
 
 
