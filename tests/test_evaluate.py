@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from ecdit.evaluate import fid
 from ecdit.evaluate.clip import Clip
 from ecdit.evaluate.dsg import Question, read_questions, score_item
 from ecdit.evaluate.fid import Inception, Statistics, frechet_distance
-from ecdit.evaluate.geneval import read_summary
+from ecdit.evaluate.geneval import DETECTOR, read_summary
 from ecdit.evaluate.parti import read_parti
 from ecdit.evaluate.suite import Options, packages
 from ecdit.evaluate.suites import SUITES, names_of
@@ -42,10 +43,14 @@ METADATA = [
     for tag, word in (("single_object", "a cow"), ("counting", "two cows"))
 ]
 JUDGE = """
-import json, sys
+import argparse, json
 from pathlib import Path
-images, outfile, results = Path(sys.argv[1]), sys.argv[sys.argv.index("--outfile") + 1], []
-assert Path(sys.argv[sys.argv.index("--model-path") + 1]).is_dir()
+parser = argparse.ArgumentParser()
+for name in ("images", "--outfile", "--model-path"):
+    parser.add_argument(name)
+args, results = parser.parse_args(), []
+images, outfile = Path(args.images), args.outfile
+assert (Path(args.model_path) / "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.pth").is_file()
 for folder in sorted(images.iterdir()):
     metadata = json.loads((folder / "metadata.jsonl").read_text())
     for picture in sorted((folder / "samples").iterdir()):
@@ -54,6 +59,7 @@ for folder in sorted(images.iterdir()):
 Path(outfile).write_text("\\n".join(map(json.dumps, results)))
 """
 SUMMARY = """
+open("object_names.txt").close()  # as the real one does, where it is started
 print("Summary\\n=======\\nTotal images: 4\\n% correct images: 75.00%\\n\\nTask breakdown\\n==============")
 print("single_object    = 50.00% (1 / 2)\\ncounting         = 100.00% (2 / 2)\\n")
 print("Overall score (avg. over tasks): 0.75000")
@@ -74,10 +80,15 @@ def judges(tmp_path_factory):
     for name, text in (
         ("evaluation/evaluate_images.py", JUDGE),
         ("evaluation/summary_scores.py", SUMMARY),
+        ("evaluation/object_names.txt", "cow"),
         ("prompts/evaluation_metadata.jsonl", "\n".join(map(json.dumps, METADATA))),
     ):
         (repository / name).parent.mkdir(parents=True, exist_ok=True)
         (repository / name).write_text(text)
+    shutil.copytree(repository, folder / "lame")
+    (folder / "lame/evaluation/evaluate_images.py").write_text("import mmdet")
+    (folder / "detector").mkdir()
+    (folder / "detector" / DETECTOR).touch()
     rng = np.random.default_rng(0)
     (folder / "reference").mkdir()
     for i, size in enumerate([(40, 30), (8, 8), (20, 50), (64, 64), (9, 9)]):
@@ -236,7 +247,6 @@ def test_files_of_prompts_are_read(judges, tmp_path):
 def test_the_command_scores_several_suites_and_leaves_a_trace(run, judges, tmp_path, monkeypatch):
     """Two ranks draw, the first judges; one rank goes on from what they drew; the trace draws the pictures again."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (judges / "detector").mkdir()
     with chat_server() as (url, asked):
         command = [
             "evaluate", run.folder, "--suite", "fid,clip,geneval,dsg,parti", "--json", "-n", 2,
@@ -290,7 +300,7 @@ def options(judges, **changed):
     given = {
         "prompts": judges / "captions.txt", "reference": judges / "reference", "inception": judges / "inception.pt",
         "clip": judges / "clip", "questions": judges / "questions.csv", "vqa": judges / "vilt",
-        "parti": judges / "parti.tsv", "geneval": judges / "geneval", "detector": judges,
+        "parti": judges / "parti.tsv", "geneval": judges / "geneval", "detector": judges / "detector",
     } | changed  # fmt: skip
     return [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
 
@@ -322,7 +332,11 @@ def options(judges, **changed):
             {"metadata": "captions.txt"},
             "captions.txt, line 1: valid: an object with tag, include and prompt",
         ),
-        ("geneval", {"geneval": None}, "--suite geneval: needs --metadata"),
+        ("geneval", {"geneval": None, "detector": None}, "--suite geneval: needs --metadata"),
+        ("geneval", {"geneval": None}, "--detector: is for GenEval's scorer: needs --geneval, the folder of its repos"),
+        ("geneval", {"detector": "clip"}, f"--detector: clip/{DETECTOR}: no such file"),
+        ("geneval", {"geneval_python": "./python9"}, "--geneval-python: ./python9: No such file or directory"),
+        ("geneval", {"geneval": "lame"}, "ModuleNotFoundError: No module named 'mmdet'; valid: GenEval's own env"),
     ],
 )
 def test_bad_input_is_named(run, judges, suite, changed, told, monkeypatch):
