@@ -3,7 +3,8 @@
 An image's conditional and unconditional half form one routing group, so a picture depends on its prompt, its seed and
 the settings, never on what else was in the batch. Nor does its rounding: a forward pass always has `sample.batch`
 pictures, filled up where there are fewer. A matrix product of another size is rounded otherwise, by 1e-7; that is
-enough for an expert to take another of two tokens that are all but tied, and then the picture is another one.
+enough for an expert to take another of two tokens that are all but tied, and then the picture is another one. In fp64
+it is 1e-16, and no two tokens are that close. The encoders, which stay in fp32, work on one picture at a time.
 
 Shapes: `B` images, `S` tokens of an image, `L` text tokens, `c` latent channels; `N` pictures asked for.
 """
@@ -114,7 +115,7 @@ class Sampler:
         images = self.decode(latents)[:wanted]
         times, experts = zip(*counts, strict=True) if counts else ((), ())
         taken = torch.stack(experts)[:, :, :wanted] if counts else None
-        return Samples(images, latents[:wanted].cpu(), prompts, seeds, list(times), taken)
+        return Samples(images, latents[:wanted].float().cpu(), prompts, seeds, list(times), taken)
 
     @torch.no_grad()
     def denoise(
@@ -132,7 +133,8 @@ class Sampler:
         missing = self._batch(settings) - len(prompts)
         prompts, seeds = ([*items, *items[-1:] * missing] for items in (list(prompts), list(seeds)))
         # a pair of rows for each picture: its caption, and the empty one
-        text, mask = self.text_encoder([caption for prompt in prompts for caption in (prompt, "")])
+        encoded = {prompt: self.text_encoder([prompt, ""]) for prompt in dict.fromkeys(prompts)}
+        text, mask = (torch.cat(parts) for parts in zip(*(encoded[prompt] for prompt in prompts), strict=True))
 
         latents = seed_noise(seeds, model.channels, model.side, device)
         for step in pairwise(time_grid(settings.steps, settings.shift)):
@@ -143,7 +145,8 @@ class Sampler:
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, c, h, w) -> pictures (B, R, R, 3) uint8."""
-        return self.autoencoder.decode(latents).permute(0, 2, 3, 1).cpu()
+        images = torch.cat([self.autoencoder.decode(one) for one in latents.split(1)])
+        return images.permute(0, 2, 3, 1).cpu()
 
 
 def sample(

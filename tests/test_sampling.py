@@ -1,6 +1,7 @@
 """A picture is a function of checkpoint, prompt and seed: alone, in a batch, on any ranks, drawn once."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,6 +72,56 @@ def test_a_picture_is_the_same_alone_in_a_batch_and_on_any_layout(run, alone, la
     assert (alone[0] - alone[1]).abs().max() > 0.1  # and no two are alike
 
 
+def near_ties(model):
+    """Routers whose scores of experts are large and all but alike, so that in fp32 rounding decides which token an
+    expert takes."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("router.weight"):
+                weight.copy_(1e-4 * weight + 30 * weight[:, :1])
+
+
+def in_fp64(folder, overrides):
+    run = Run(folder)
+    recipe = sampling_recipe(run, ("train.precision=fp64", *overrides))
+    place = start_topology(recipe)
+    sampler, _ = open_sampler(run, recipe, place)
+    near_ties(sampler.model)
+    own = draw(sampler, share(REQUESTS[:16], place.data_rank, place.data_ranks))
+    found = torch.cat(place.gather([own]))
+    topology.stop()
+    return found.numpy()
+
+
+@pytest.fixture(scope="module")
+def alone_in_fp64(run):
+    sampler = Sampler.from_run(run, torch.device("cpu"))
+    sampler.model.double()
+    near_ties(sampler.model)
+    sampler = Sampler(sampler.model, sampler.recipe, sampler.text_encoder, sampler.autoencoder)
+    return torch.cat([draw(sampler, [request]) for request in REQUESTS[:16]])
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if not name.startswith("data")])
+def test_in_fp64_near_ties_change_no_picture_whatever_is_computed_at_once(run, alone_in_fp64, layout):
+    """In fp32 all of these pictures differ, by up to 0.05."""
+    ranks, overrides = LAYOUTS[layout]
+    for found in run_on_ranks(in_fp64, ranks, run.folder, ("sample.batch=16", *overrides)):
+        torch.testing.assert_close(torch.from_numpy(found), alone_in_fp64, rtol=0, atol=1e-5)
+    assert alone_in_fp64.dtype == torch.float32
+
+
+def test_encoders_see_one_picture_at_a_time(run):
+    """Else what they make of it would be rounded otherwise, and be another input."""
+    sampler, asked = Sampler.from_run(run, torch.device("cpu")), []
+    text, pictures = sampler.text_encoder, sampler.autoencoder
+    sampler.text_encoder = lambda captions: asked.append(captions) or text(captions)
+    sampler.autoencoder = SimpleNamespace(decode=lambda x: asked.append(len(x)) or pictures.decode(x))
+    settings = sampler.recipe.sample.model_copy(update={"batch": 4})
+    sampler.draw(["a", "b", "b"], [0, 1, 2], settings)
+    assert asked == [["a", ""], ["b", ""], 1, 1, 1, 1]
+
+
 def test_a_prompt_file_is_drawn_by_ranks_once(run, tmp_path):
     """The command under torchrun; then what is there is left alone, and what is not as asked for is drawn."""
     file = tmp_path / "prompts.jsonl"
@@ -129,6 +180,8 @@ def test_a_run_of_gpus_is_drawn_from_anywhere(tmp_path, trained):
 def test_pictures_of_other_linears_are_others(run):
     recipe = sampling_recipe(run, ("train.linears=transformer_engine", "train.precision=bf16"))
     assert precision_of(recipe) == "bf16, transformer_engine"
+    with pytest.raises(UserError, match=r"train\.precision: fp64 does not go with train\.linears: trans"):
+        sampling_recipe(run, ("train.linears=transformer_engine", "train.precision=fp64"))
     with pytest.raises(UserError, match=r"this key belongs to the run, .*valid here: parallel\.\*"):
         sampling_recipe(run, ("precision.fp8=block",))
 
