@@ -8,7 +8,7 @@ import typer
 from ecdit.errors import UserError
 from ecdit.evaluate.command import evaluate
 from ecdit.run import Run
-from ecdit.terminal import RunFolder, check_file, check_folder, console
+from ecdit.terminal import RunFolder, check_file, check_folder, console, number
 
 
 def register(app: typer.Typer) -> None:
@@ -55,7 +55,7 @@ def report(
 
     check_file(out)
     write_report(runs, out)
-    console.print(f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} in {out}", markup=False)
+    console.print(f"{number(len(runs), 'run')} in {out}", markup=False)
 
 
 def export(

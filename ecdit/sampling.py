@@ -24,6 +24,7 @@ from ecdit.diffusion.solver import time_grid
 from ecdit.dtypes import DTYPES
 from ecdit.errors import UserError
 from ecdit.model.dit import EcDit
+from ecdit.prompts import check_seed
 from ecdit.recipe import Recipe, SampleRecipe
 from ecdit.run import Run
 
@@ -93,6 +94,8 @@ class Sampler:
         count_experts: bool = False,
     ) -> Samples:
         """One picture for each prompt and seed, `settings.batch` at a time, or as many as tensor ranks share evenly."""
+        for seed in seeds:
+            check_seed(seed)
         size = self._batch(settings)
         parts = [
             self._draw(list(prompts[i : i + size]), list(seeds[i : i + size]), settings, count_experts)

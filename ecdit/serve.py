@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ecdit.errors import UserError
+from ecdit.prompts import check_seed
 from ecdit.run import Run
 from ecdit.sampling import Sampler, sample_settings
 
@@ -90,8 +91,7 @@ def states(
 ) -> Iterator[tuple[Image.Image, Image.Image | None, str]]:
     """The picture, the heat map over it (None for a model without groups) and what to say, at most SHOWN times and at
     the end. The last picture is what `ecdit sample` draws. Raises UserError for a bad number."""
-    if not 0 <= seed < 2**63:
-        raise UserError(f"Seed: {seed} is not valid; from 0 to 2^63 - 1")
+    check_seed(seed)
     settings = sample_settings(sampler.recipe, steps=steps, guidance=guidance)
     shown = set(np.linspace(1, steps, min(steps, SHOWN)).round().astype(int).tolist())
     counts: list[Tensor] = []

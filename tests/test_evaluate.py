@@ -230,6 +230,9 @@ def test_parents_decide_what_counts():
 
 
 def test_files_of_prompts_are_read(judges, tmp_path):
+    marked = tmp_path / "questions.csv"  # as Windows' programs write it
+    marked.write_bytes(b"\xef\xbb\xbf" + (judges / "questions.csv").read_bytes())
+    assert read_questions(marked) == read_questions(judges / "questions.csv")
     items = read_questions(judges / "questions.csv")
     assert [(item.name, item.category, len(item.questions)) for item in items] == [
         ("whoops_5", "defying", 3),
@@ -332,6 +335,7 @@ def options(judges, **changed):
             {"metadata": "captions.txt"},
             "captions.txt, line 1: valid: an object with tag, include and prompt",
         ),
+        ("geneval", {"metadata": "inception.pt"}, "--metadata: inception.pt: is no UTF-8 text; valid: GenEval"),
         ("geneval", {"geneval": None, "detector": None}, "--suite geneval: needs --metadata"),
         ("geneval", {"geneval": None}, "--detector: is for GenEval's scorer: needs --geneval, the folder of its repos"),
         ("geneval", {"detector": "clip"}, f"--detector: clip/{DETECTOR}: no such file"),

@@ -200,6 +200,8 @@ def test_prompt_files(tmp_path):
     ]
     objects.write_text('{"prompt": "a", "seed": 3}\n{"prompt": ""}\n')
     assert read_prompts(objects, 1, 5) == [Request("a", 3), Request("", 5)]
+    text.write_bytes("\ufeffa café\u2028au lait\r\n".encode())  # as Windows' editors write it
+    assert read_prompts(text, 1, 0) == [Request("a café\u2028au lait", 0)]
     requests = repeat(["a", "a", "b"], 4, 0) + repeat(["a", "a", "b"], 4, 1)
     assert len({request.seed for request in requests}) == 24
 
@@ -213,6 +215,7 @@ def test_prompt_files(tmp_path):
         ("a.jsonl", "a red circle", "a.jsonl, line 1: 'a red circle' is no prompt"),
         ("b.jsonl", '{"prompt": "a"}\n{"prompt": "a", "seed": -1}', "b.jsonl, line 2: seed: -1 is no seed"),
         ("c.jsonl", '{"caption": "a"}', "c.jsonl, line 1:"),
+        ("d.jsonl", f'{{"prompt": "a", "seed": {2**63}}}', f"d.jsonl, line 1: seed: {2**63} is no seed"),
     ],
 )
 def test_bad_prompt_files_are_named(tmp_path, name, content, told):
@@ -237,6 +240,11 @@ def test_bad_input_of_the_command(run, tmp_path):
         topology.stop()
         return str(error.value)
 
+    for seed, n in ((2**63, 1), (2**63 - 1, 2)):  # of the second, the second picture has none
+        with pytest.raises(UserError, match=f"seed: {2**63} is no seed; valid: from 0 to {2**63 - 1}"):
+            sample(run, (), ["a"], None, n, seed, {}, tmp_path, heatmap=False)
+    with pytest.raises(UserError, match=f"seed: {2**64} is no seed"):
+        Sampler.from_run(run, torch.device("cpu")).draw(["a"], [2**64], run.recipe().sample)
     lost = tmp_path / "no.txt"
     assert "'model.layers=2': this key belongs to the run" in told(run.folder, ["model.layers=2"])
     assert "parallel.tensor: 3 does not divide model.heads: 4" in told(run.folder, ["parallel.tensor=3"])

@@ -48,7 +48,7 @@ def test_a_dense_run_has_no_heat_map(runs):
 
 def test_bad_numbers_are_named(runs):
     sampler = sampler_of(runs / "expert_choice")
-    with pytest.raises(UserError, match="Seed: -1 is not valid"):
+    with pytest.raises(UserError, match="seed: -1 is no seed"):
         next(states(sampler, "a", -1, 2, 1.0))
     with pytest.raises(UserError, match="steps"):
         next(states(sampler, "a", 0, 0, 1.0))

@@ -29,7 +29,11 @@ OVERALL = re.compile(r"^Overall score.*: ([\d.]+)$", re.MULTILINE)
 def read_metadata(file: Path) -> list[dict[str, Any]]:
     """A line of the file for each prompt. Raises UserError where one is not GenEval's."""
     lines = []
-    for number, line in enumerate(existing("--metadata", file).read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = existing("--metadata", file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"--metadata: {file}: is no UTF-8 text; valid: GenEval's {METADATA}") from None
+    for number, line in enumerate(text.splitlines(), start=1):
         try:
             values = json.loads(line)
             valid = {"tag", "include", "prompt"} <= values.keys()
