@@ -30,6 +30,7 @@ def analyze(
     """Show where a run's experts work, on what, when, and how they overlap: pictures and data in RUN/analysis."""
     from ecdit.analyze.figures import write_study
     from ecdit.analyze.study import study
+    from ecdit.evaluate.paper import LARGEST_SHARE
     from ecdit.sampling import sample_settings
 
     place = Run(run)
@@ -41,7 +42,8 @@ def analyze(
     uneven = found.heterogeneity()
     console.print(
         f"{uneven['unrouted'].mean():.1%} of the tokens were taken by no expert; the busiest one by "
-        f"{uneven['largest'].max():.0%} of a layer's experts. Pictures and data: {run / 'analysis'}",
+        f"{uneven['largest'].max():.0%} of a layer's experts (the paper: up to {LARGEST_SHARE:.0%}). "
+        f"Pictures and data: {run / 'analysis'}",
         markup=False,
     )
 

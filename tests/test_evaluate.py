@@ -17,10 +17,11 @@ from ecdit.evaluate import fid
 from ecdit.evaluate.clip import Clip
 from ecdit.evaluate.dsg import Question, read_questions, score_item
 from ecdit.evaluate.fid import Inception, Statistics, frechet_distance
-from ecdit.evaluate.geneval import DETECTOR, read_summary
+from ecdit.evaluate.geneval import DETECTOR, GenEvalSuite, read_summary
+from ecdit.evaluate.paper import told
 from ecdit.evaluate.parti import read_parti
 from ecdit.evaluate.suite import Options, packages
-from ecdit.evaluate.suites import SUITES, names_of
+from ecdit.evaluate.suites import SUITES, as_table, names_of
 from ecdit.evaluate.vqa import LocalVqa, Server, open_vqa, says_yes
 from ecdit.pictures import read_pixels
 from tests.command import ecdit
@@ -296,6 +297,23 @@ def test_the_command_scores_several_suites_and_leaves_a_trace(run, judges, tmp_p
     for line in map(json.loads, trace.read_text().splitlines()):
         pixels = read_pixels(tmp_path / "samples" / line["file"])
         assert torch.equal(pixels, read_pixels(run.folder / "evaluate/pictures" / line["file"]))
+
+
+def test_the_papers_row_stands_beside_ours():
+    tasks = {name: {"score": 0.5, "pictures": 4} for name in ("single_object", "position")}
+    scores = {"overall": 0.5, "pictures": 8, "tasks": tasks}
+    table = as_table("geneval", scores, GenEvalSuite.rows(scores))
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert rows == [
+        ("single_object", "50.00%", "4", ""),
+        ("position", "50.00%", "4", "21.33%"),
+        ("overall", "50.00%", "8", "71.68%"),
+    ]
+    # a figure that was not read in the paper says so, and a suite without one says why
+    assert "abstract" in table.caption and "as quoted in a reader's notes" in table.caption
+    for name in SUITES.keys() - {"samples"}:
+        assert told(name).startswith("paper: ")
+    assert as_table("samples", {}, []).caption is None
 
 
 def options(judges, **changed):

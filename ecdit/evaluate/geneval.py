@@ -121,7 +121,7 @@ class GenEvalSuite:
         """A task a row and their mean; without the repository, where the pictures are."""
         if "overall" not in scores:
             return [Row("pictures for GenEval's scorer", scores["images"], str(scores["pictures"]))]
-        rows = [Row(name, f"{one['score']:.2%}", str(one["pictures"])) for name, one in scores["tasks"].items()]
+        rows = [Row(name, f"{one['score']:.2%}", str(one["pictures"]), name) for name, one in scores["tasks"].items()]
         return [*rows, Row("overall", f"{scores['overall']:.2%}", str(scores["pictures"]), "overall")]
 
 

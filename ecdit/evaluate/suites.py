@@ -13,7 +13,7 @@ from ecdit.evaluate.clip import ClipSuite
 from ecdit.evaluate.dsg import DsgSuite
 from ecdit.evaluate.fid import FidSuite
 from ecdit.evaluate.geneval import GenEvalSuite
-from ecdit.evaluate.paper import FIGURES
+from ecdit.evaluate.paper import figures, told
 from ecdit.evaluate.parti import PartiSuite
 from ecdit.evaluate.samples import SamplesSuite
 from ecdit.evaluate.shapes import ShapesSuite
@@ -88,7 +88,7 @@ def _judge(
         for request, path, detail in zip(suite.requests(), pictures, judgement.details, strict=True):
             known = {"prompt": request.prompt, "seed": request.seed, "file": path.name, "xxh64": digest(path)}
             lines.write(json.dumps(known | detail) + "\n")
-    paper = {key: vars(figure) for (suite_name, key), figure in FIGURES.items() if suite_name == name}
+    paper = {key: vars(figure) for key, figure in figures(name).items()}
     scores = judgement.scores | drawn | {"trace": str(trace)} | ({"paper": paper} if paper else {})
     aside = file.with_suffix(".partial")
     aside.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
@@ -97,14 +97,13 @@ def _judge(
 
 
 def as_table(name: str, scores: dict[str, Any], rows: list[Row]) -> Table:
-    """A suite's scores for a terminal, the paper's beside them where it prints any."""
-    paper = {key: figure for (suite, key), figure in FIGURES.items() if suite == name}
-    table = Table(name, box=None, header_style="bold")
+    """A suite's scores for a terminal, the paper's beside them, or what it has instead of any."""
+    paper = figures(name)
+    table = Table(name, box=None, header_style="bold", caption=told(name) or None, caption_justify="left")
     table.add_column("ours", justify="right")
     table.add_column("pictures", justify="right")
     if paper:
         table.add_column("paper", justify="right")
-        table.caption = "; ".join(f"paper: {figure.model}, {figure.source}" for figure in paper.values())
     for row in rows:
         known = [paper[row.key].value if row.key in paper else ""] if paper else []
         table.add_row(row.name, row.value, row.pictures, *known)
