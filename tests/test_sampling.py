@@ -1,5 +1,6 @@
 """A picture is a function of checkpoint, prompt and seed: alone, in a batch, on any ranks, drawn once."""
 
+import errno
 import json
 from types import SimpleNamespace
 
@@ -7,16 +8,18 @@ import pytest
 import torch
 from PIL import Image
 
+from ecdit import drawing
 from ecdit.assemble import start_topology
 from ecdit.drawing import path_of, share, text_of
 from ecdit.errors import UserError
-from ecdit.pictures import read_pixels, read_text, slug
+from ecdit.pictures import read_pixels, read_text, save_picture, slug
 from ecdit.prompts import Request, read_prompts, repeat
 from ecdit.recipe_io import change_recipe
 from ecdit.run import Run
 from ecdit.sample_command import sample
 from ecdit.sampling import Sampler
-from ecdit.sampling_job import open_sampler, precision_of, sampling_recipe
+from ecdit.sampling_job import joined, open_sampler, precision_of, sampling_recipe
+from ecdit.whole import whole
 from parallel import topology
 from tests.command import ecdit
 from tests.ranks import run_on_ranks
@@ -120,6 +123,36 @@ def test_encoders_see_one_picture_at_a_time(run):
     settings = sampler.recipe.sample.model_copy(update={"batch": 4})
     sampler.draw(["a", "b", "b"], [0, 1, 2], settings)
     assert asked == [["a", ""], ["b", ""], 1, 1, 1, 1]
+
+
+def written_on_ranks(run_folder, folder):
+    run, written, save = Run(run_folder), [], drawing.save_picture
+    drawing.save_picture = lambda image, path, text: written.append(path.name) or save(image, path, text)
+    with joined(sampling_recipe(run, ()), run) as place:
+        sampler, source = open_sampler(run, sampling_recipe(run, ()), place)
+        drawing.draw_all(sampler, str(source), REQUESTS[:5], sampler.recipe.sample, folder, place, "test")
+    return written
+
+
+def test_no_two_ranks_write_the_same_picture(run, tmp_path):
+    """Five pictures on four ranks: the last one is drawn by two, of which one would find its file gone."""
+    written = [name for names in run_on_ranks(written_on_ranks, 4, run.folder, tmp_path) for name in names]
+    assert sorted(written) == sorted(path_of(request, tmp_path).name for request in REQUESTS[:5])
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def full(*_args, **_more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.png'"):
+        save_picture(torch.zeros(4, 4, 3, dtype=torch.uint8), tmp_path / "a.png", {})
+    monkeypatch.undo()
+    (tmp_path / "there").write_text("old")
+    with pytest.raises(KeyboardInterrupt), whole(tmp_path / "there") as aside:
+        aside.write_text("half")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["there"] and (tmp_path / "there").read_text() == "old"
 
 
 def test_a_prompt_file_is_drawn_by_ranks_once(run, tmp_path):

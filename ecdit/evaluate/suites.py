@@ -21,6 +21,7 @@ from ecdit.evaluate.suite import Options, Row, Suite
 from ecdit.pictures import digest
 from ecdit.run import Run
 from ecdit.sampling_job import joined, open_sampler, precision_of, sampling_recipe
+from ecdit.whole import whole
 
 SUITES: dict[str, type[Suite]] = {
     "samples": SamplesSuite,
@@ -90,9 +91,8 @@ def _judge(
             lines.write(json.dumps(known | detail) + "\n")
     paper = {key: vars(figure) for key, figure in figures(name).items()}
     scores = judgement.scores | drawn | {"trace": str(trace)} | ({"paper": paper} if paper else {})
-    aside = file.with_suffix(".partial")
-    aside.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
-    aside.replace(file)
+    with whole(file) as aside:
+        aside.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
     return scores
 
 

@@ -12,6 +12,7 @@ from ecdit.report.curves import Curve, average, equal_loss, window_of
 from ecdit.report.figures import embed, embed_png, fid_against_clip, loss_curves, scores_over_steps, throughput
 from ecdit.report.read import RunData, read_runs
 from ecdit.report.scores import over_training, suites, table
+from ecdit.whole import whole
 
 STYLE = """
 :root { color-scheme: light; }
@@ -53,14 +54,13 @@ def write_report(folders: list[Path], out: Path) -> None:
     body = "".join(f'<section id="{key}"><h2>{title}</h2>{content}</section>' for key, title, content in sections)
     title = escape(" · ".join(run.name for run in runs))
     made = escape(shlex.join(["ecdit", "report", *map(str, folders)]))
-    aside = out.with_name(f"{out.name}.partial")
-    aside.write_text(
+    page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
         f'</head><body><h1>{title}</h1><p class="note">Made by <code>{made}</code></p><nav>{links}</nav>{body}'
-        "</body></html>\n",
-        encoding="utf-8",
+        "</body></html>\n"
     )
-    aside.replace(out)
+    with whole(out) as aside:
+        aside.write_text(page, encoding="utf-8")
 
 
 def _overview(runs: list[RunData], curves: list[Curve]) -> str:
