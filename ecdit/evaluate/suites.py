@@ -13,7 +13,7 @@ from ecdit.evaluate.clip import ClipSuite
 from ecdit.evaluate.dsg import DsgSuite
 from ecdit.evaluate.fid import FidSuite
 from ecdit.evaluate.geneval import GenEvalSuite
-from ecdit.evaluate.paper import figures, told
+from ecdit.evaluate.paper import figures
 from ecdit.evaluate.parti import PartiSuite
 from ecdit.evaluate.samples import SamplesSuite
 from ecdit.evaluate.shapes import ShapesSuite
@@ -97,9 +97,9 @@ def _judge(
 
 
 def as_table(name: str, scores: dict[str, Any], rows: list[Row]) -> Table:
-    """A suite's scores for a terminal, the paper's beside them, or what it has instead of any."""
+    """A suite's scores for a terminal, the paper's beside them where it prints any."""
     paper = figures(name)
-    table = Table(name, box=None, header_style="bold", caption=told(name) or None, caption_justify="left")
+    table = Table(name, box=None, header_style="bold")
     table.add_column("ours", justify="right")
     table.add_column("pictures", justify="right")
     if paper:
