@@ -75,7 +75,7 @@ def specialisation(study: Study) -> Figure:
         axes[row][0].set_ylabel(f"layer {study.layers[i]}\nexpert", fontsize=8)
         which = axes[row][1].imshow(reading, aspect="auto", cmap=AROUND_ONE, norm=_around_one(reading))
         labels = [study.words[w] for w in words]
-        axes[row][1].set_xticks(range(len(words)), labels, rotation=60, ha="right", fontsize=7)
+        axes[row][1].set_xticks(range(len(words)), labels, rotation=60, ha="right", fontsize=7, parse_math=False)
         figure.colorbar(when, ax=axes[row][0])
         figure.colorbar(which, ax=axes[row][1])
     axes[-1][0].set_xlabel("t (0: noise, 1: picture)", fontsize=8)

@@ -3,6 +3,8 @@
 Shapes: `V` times, `N` pictures, `S` tokens of an image.
 """
 
+import textwrap
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,7 @@ def write_heatmap(samples: Samples, path: Path, sparse_layers: list[int]) -> Non
         picture, heat = axes[0][2 * n], axes[0][2 * n + 1]
         if n < pictures:
             picture.imshow(samples.images[n].numpy())
-            picture.set_title(_wrap(samples.prompts[n]), fontsize=7)
+            picture.set_title(_wrap(samples.prompts[n]), fontsize=7, parse_math=False)  # a $ is a dollar
             _overlay(heat, samples.images[n], samples.experts[:, :, n].float().mean((0, 1)), highest)
             heat.set_title("mean experts\nper token", fontsize=7)
     most = int(samples.experts[:, :, 0].max())
@@ -46,8 +48,10 @@ def write_heatmap(samples: Samples, path: Path, sparse_layers: list[int]) -> Non
         cell.set_yticks([])
         cell.spines[:].set_visible(False)
     bar = figure.colorbar(last, ax=axes[1:], shrink=0.6, ticks=range(most + 1))
-    bar.set_label(f"experts that took the token: {samples.prompts[0]}", fontsize=8)
-    figure.savefig(path, dpi=110)
+    bar.set_label("experts that took the token, first picture", fontsize=8)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a script that the font lacks: there is a box for it
+        figure.savefig(path, dpi=110)
 
 
 def _overlay(cell, image: Tensor, counts: Tensor, highest: float):
@@ -60,10 +64,6 @@ def _overlay(cell, image: Tensor, counts: Tensor, highest: float):
     return cell.imshow(counts.view(side, side).numpy(), cmap="inferno", vmin=0, vmax=highest, alpha=0.7, extent=extent)
 
 
-def _wrap(text: str, width: int = 20) -> str:
-    words, lines = text.split(), [""]
-    for word in words:
-        if len(lines[-1]) + len(word) > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)
+def _wrap(text: str) -> str:
+    """In a few lines, as wide as a picture, cut off where it is longer."""
+    return "\n".join(textwrap.wrap(text, 22, max_lines=3, placeholder="…"))
