@@ -74,6 +74,7 @@ def test_fid_and_clip_are_paired_by_step_whatever_the_file(tmp_path):
         fid={"fid": 20.0},
         clip={"clip": 0.3, "step": 4},
         fid_step_3={"fid": 25.0},
+        parti={"best_clip_score": 0.9, "categories": {"Animals": {"clip_score": 0.8}}, "step": 4},
     )
     (data,) = read_runs([run])
     assert fid_and_clip(data) == [(2, 30.0, 0.2), (4, 20.0, 0.3)]
