@@ -345,6 +345,7 @@ def options(judges, **changed):
             "parti.tsv: valid: a csv file as dsg-1k-anns.csv, with columns item_id, text",
         ),
         ("dsg", {"vqa": "http://127.0.0.1:9/v1"}, "is a server: needs --vqa-model"),
+        ("dsg", {"vqa": "http://127.0.0.1:9/v1", "vqa_model": "x"}, "--vqa: http://127.0.0.1:9/v1 cannot be reached: "),
         ("dsg", {"vqa": "./nowhere"}, "--vqa: './nowhere': no such folder"),
         ("parti", {"parti": "questions.csv"}, "questions.csv: valid: PartiPrompts.tsv, with columns Prompt"),
         ("geneval", {"geneval": "clip"}, "--geneval: clip/evaluation/evaluate_images.py: no such file"),
