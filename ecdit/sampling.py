@@ -64,9 +64,7 @@ class Sampler:
 
             alone = sampling_recipe(run, ())
             return open_sampler(run, alone, start_topology(alone))[0]
-        saved, messages = run.newest_checkpoint()
-        if saved is None:
-            raise UserError("\n".join([*messages, f"{run.checkpoints}: no checkpoint yet; `ecdit train` makes one"]))
+        saved = run.newest_checkpoint()
         with torch.device("meta"):
             model = EcDit(recipe.model)
         model.load_state_dict(saved.kind("ema"), assign=True)

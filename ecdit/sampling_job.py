@@ -112,6 +112,9 @@ def _verified(run: Run, place: Topology, step: int | None) -> Checkpoint:
     for folder in reversed(folders):
         problems = [problem for part in place.everyones(verify(folder, place.rank, place.ranks)) for problem in part]
         if not problems:
-            return open_checkpoint(folder)
+            saved = open_checkpoint(folder)
+            if place.first:
+                run.tell_of(messages, saved)
+            return saved
         messages.append(f"{folder} is broken: {'; '.join(dict.fromkeys(problems))}")
-    raise UserError("\n".join([*messages, f"{run.checkpoints}: no checkpoint yet; `ecdit train` makes one"]))
+    raise run.no_checkpoint(messages)

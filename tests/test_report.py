@@ -97,6 +97,13 @@ def test_what_cannot_be_compared_is_named(tmp_path):
         read_runs([run, empty])
     with pytest.raises(UserError, match="stands twice"):
         read_runs([run, tmp_path / "b/../a"])
+    torn = make(tmp_path / "torn")  # what a full disk leaves is left out
+    draw(torn, "a red circle", 0, {})
+    (torn / "samples/none.png").write_text("garbage")
+    (torn / "evaluate/step-2").mkdir(parents=True)
+    (torn / "evaluate/step-2/samples.jsonl").write_text('{"prompt": "a')
+    (data,) = read_runs([torn])
+    assert list(data.pictures) == [("a red circle", 0)] and not data.drawn
     broken = make(tmp_path / "c")
     (broken / "evaluate-fid.json").write_text("{")
     with pytest.raises(UserError, match=r"evaluate-fid.json: cannot read these scores"):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from ecdit import drawing
 from ecdit.assemble import start_topology
 from ecdit.drawing import path_of, share, text_of
 from ecdit.errors import UserError
+from ecdit.export.weights import checkpoint_of
 from ecdit.pictures import read_pixels, read_text, save_picture, slug
 from ecdit.prompts import Request, read_prompts, repeat
 from ecdit.recipe_io import change_recipe
@@ -266,7 +268,7 @@ def test_names_of_files_tell_prompts_apart():
     assert all(0 < len(name) <= 60 and "/" not in name for name in names)
 
 
-def test_bad_input_of_the_command(run, tmp_path):
+def test_bad_input_of_the_command(run, tmp_path, capsys):
     def told(folder, overrides=(), prompts=None, file=None):
         with pytest.raises(UserError) as error:
             sample(Run(folder), overrides, prompts, file, 1, 0, {}, tmp_path, heatmap=False)
@@ -287,6 +289,17 @@ def test_bad_input_of_the_command(run, tmp_path):
     empty = Run(tmp_path / "empty")
     empty.write_recipe(run.recipe())
     assert "no checkpoint yet" in told(empty.folder)
+    broken = tmp_path / "broken"
+    shutil.copytree(run.folder, broken)
+    newest = Run(broken).newest_checkpoint().folder
+    file = next(newest.glob("__*"))
+    file.write_bytes(file.read_bytes()[:-1])
+    assert f"{newest} is broken: " in told(broken)
+    shutil.copytree(run.folder / "checkpoints" / newest.name, broken / "checkpoints/step-1")
+    capsys.readouterr()
+    sample(Run(broken), (), ["a"], None, 1, 0, {}, tmp_path, heatmap=False)
+    assert checkpoint_of(Run(broken)).folder.name == "step-1"
+    assert capsys.readouterr().err.count("; step-1 is taken") == 2  # of what is drawn and of what is exported
     wrong = complaint(ecdit("sample", run.folder, "--step", 2))
     assert "--step: 2: " in wrong and "has no checkpoint of this step; valid: 3" in wrong
     assert f"{lost}: cannot read this prompts file" in complaint(ecdit("sample", run.folder, "--prompts", lost))

@@ -21,10 +21,7 @@ SHARD_BYTES = 5 * 10**9
 def checkpoint_of(run: Run) -> Checkpoint:
     """The newest one that verifies. Raises UserError where there is none, or no run."""
     run.recipe()
-    saved, messages = run.newest_checkpoint()
-    if saved is None:
-        raise UserError("\n".join([*messages, f"{run.checkpoints}: no checkpoint yet; `ecdit train` makes one"]))
-    return saved
+    return run.newest_checkpoint()
 
 
 def write_file(saved: Checkpoint, kind: str, dtype: str, file: Path) -> None:

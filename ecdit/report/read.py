@@ -128,8 +128,11 @@ def _pictures(folder: Path) -> dict[tuple[str, int], Picture]:
     """Those that say what they show; grids of training do not."""
     found = {}
     for path in sorted(folder.glob("*.png")):
-        with Image.open(path) as image:
-            text = dict(image.text)
+        try:
+            with Image.open(path) as image:  # reads no further than the header
+                text = dict(image.text)
+        except (OSError, SyntaxError):  # what PIL raises for a file that is no picture, or was cut short
+            continue
         if "prompt" in text and text.get("seed", "").isdigit():
             settings = {key: value for key, value in text.items() if key not in ("prompt", "seed", "source")}
             found[text["prompt"], int(text["seed"])] = Picture(path, settings)
@@ -141,8 +144,7 @@ def _drawn(folder: Path) -> dict[str, dict[int, Path]]:
     found: dict[str, dict[int, Path]] = {}
     for trace in folder.glob("step-*/samples.jsonl"):
         step = trace.parent.name.removeprefix("step-")
-        for line in trace.read_text(encoding="utf-8").splitlines():
-            known = json.loads(line)
+        for known in read_metrics(trace):
             picture = trace.parent / "pictures" / known["file"]
             if step.isdigit() and picture.exists():
                 found.setdefault(known["prompt"], {}).setdefault(int(step), picture)
