@@ -1,10 +1,12 @@
 """The suites of `ecdit evaluate`: draws what they ask for, lets them judge, and keeps what traces a score to it."""
 
+import gc
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from ecdit.drawing import draw_all
@@ -68,7 +70,9 @@ def evaluate(
             name: draw_all(sampler, str(source), suite.requests(), settings, folder, place, str(run.folder))
             for name, suite in suites.items()
         }
-        del sampler  # the judges need its memory
+        del sampler  # the judges need its memory, one of them in a process of its own
+        gc.collect()
+        torch.cuda.empty_cache()
     if not first:
         return {}
     drawn = {"step": source.step, "checkpoint": str(source), "precision": precision_of(recipe)}
