@@ -85,9 +85,9 @@ def _check_heatmap(recipe: Recipe) -> None:
 def _write_heatmap(
     sampler: Sampler, requests: list[Request], settings: SampleRecipe, out: Path, *, shown: bool
 ) -> None:
-    from ecdit.analyze.heatmap import write_heatmap
+    from ecdit.analyze.heatmap import PICTURES, write_heatmap
 
-    model = sampler.recipe.model
+    model, requests = sampler.recipe.model, requests[:PICTURES]  # there may be thousands
     counted = sampler.draw([r.prompt for r in requests], [r.seed for r in requests], settings, count_experts=True)
     if shown:
         write_heatmap(counted, out / "heatmap.png", [layer + 1 for layer in range(model.layers) if model.sparse(layer)])

@@ -212,6 +212,13 @@ def test_a_run_of_gpus_is_drawn_from_anywhere(tmp_path, trained):
     assert sampler.draw(["a star"], [0], plain.sample).images.float().std() > 10
 
 
+def test_a_heat_map_draws_again_what_it_shows_and_no_more(run, tmp_path, monkeypatch):
+    drawn, draw_them = [], Sampler.draw
+    monkeypatch.setattr(Sampler, "draw", lambda self, *a, **k: drawn.append((a[0], k)) or draw_them(self, *a, **k))
+    sample(run, (), list("abcde"), None, 2, 0, {}, tmp_path, heatmap=True)
+    assert drawn[-1] == (["a", "b", "c"], {"count_experts": True}) and (tmp_path / "heatmap.png").exists()
+
+
 def test_pictures_of_other_linears_are_others(run):
     recipe = sampling_recipe(run, ("train.linears=transformer_engine", "train.precision=bf16"))
     assert precision_of(recipe) == "bf16, transformer_engine"

@@ -14,6 +14,7 @@ from torch import Tensor
 from ecdit.sampling import Samples
 
 COLUMNS = 6  # times shown
+PICTURES = COLUMNS // 2  # each with its mean beside it
 CELL = 1.25  # inches
 
 
@@ -23,11 +24,11 @@ def write_heatmap(samples: Samples, path: Path, sparse_layers: list[int]) -> Non
     `sparse_layers` numbers the MoE layers among the blocks, counted from 1.
     """
     shown = np.linspace(0, len(samples.times) - 1, COLUMNS).round().astype(int)
-    layers, pictures = len(sparse_layers), min(len(samples.images), COLUMNS // 2)
+    layers, pictures = len(sparse_layers), min(len(samples.images), PICTURES)
     figure = Figure(figsize=((COLUMNS + 1) * CELL, (layers + 2.2) * CELL), layout="constrained")
     axes = figure.subplots(layers + 1, COLUMNS, squeeze=False)
     highest = float(samples.experts.float().mean((0, 1)).max()) or 1.0
-    for n in range(COLUMNS // 2):
+    for n in range(PICTURES):
         picture, heat = axes[0][2 * n], axes[0][2 * n + 1]
         if n < pictures:
             picture.imshow(samples.images[n].numpy())
