@@ -206,7 +206,9 @@ def test_a_local_model_answers_as_itself(judges, pictures):
     for path, question in pairs:
         inputs = processor(Image.open(path), question, return_tensors="pt")
         expected.append(model.config.id2label[model(**inputs).logits.argmax().item()])
-    assert LocalVqa(str(judges / "vilt")).ask(pairs) == expected
+    vqa = LocalVqa(str(judges / "vilt"))
+    assert vqa.ask(pairs) == expected
+    assert vqa.ask([(pictures[0], "a" * 99)]) == vqa.ask([(pictures[0], "a" * 60)])  # more than its 40 places
 
 
 def test_a_server_is_asked_in_openais_protocol(pictures, monkeypatch):

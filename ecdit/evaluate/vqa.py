@@ -60,11 +60,12 @@ class LocalVqa:
         self._pipeline = load(pipeline, "visual-question-answering", **parts)
 
     def ask(self, pairs: list[tuple[Path, str]]) -> list[str]:
-        """The likeliest answer of each."""
+        """The likeliest answer of each; a question that is too long for the model is cut off."""
         answers = []
         for path, question in pairs:
             with Image.open(path) as picture:
-                answers.append(self._pipeline(picture.convert("RGB"), question, top_k=1)[0]["answer"])
+                found = self._pipeline(picture.convert("RGB"), question, top_k=1, truncation=True)
+                answers.append(found[0]["answer"])
         return answers
 
 
