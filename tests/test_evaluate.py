@@ -74,6 +74,7 @@ def judges(tmp_path_factory):
     make_clip(folder / "clip")
     make_vilt(folder / "vilt")
     make_inception(folder / "inception.pt")
+    torch.jit.script(nn.Linear(2, 2)).save(folder / "other.pt")
     (folder / "captions.txt").write_text("a red circle\na blue square\na star\n")
     (folder / "questions.csv").write_text(QUESTIONS)
     (folder / "parti.tsv").write_text(PARTI)
@@ -338,6 +339,7 @@ def options(judges, **changed):
         ("fid", {"reference": "nowhere"}, "--reference: nowhere: no such folder"),
         ("fid", {"reference": "."}, "captions.txt: no picture"),
         ("fid", {"inception": "captions.txt"}, "captions.txt: no TorchScript module"),
+        ("fid", {"inception": "other.pt"}, "--inception: other.pt: makes no features of pictures: "),
         ("clip", {"clip": "./nowhere"}, "--clip: './nowhere': no such folder"),
         ("clip", {"clip": "geneval"}, "cannot be loaded as a CLIP with its processor"),
         ("clip", {"clip": "vilt"}, "more; valid: weights of a CLIPModel"),
