@@ -23,6 +23,7 @@ from ecdit.sampling import Sampler
 from ecdit.sampling_job import joined, open_sampler, precision_of, sampling_recipe
 from ecdit.whole import whole
 from parallel import topology
+from parallel.checkpoint.folder import committed
 from tests.command import ecdit
 from tests.ranks import run_on_ranks
 from tests.test_layouts_cli import torchrun
@@ -298,7 +299,9 @@ def test_bad_input_of_the_command(run, tmp_path, capsys):
     assert "no checkpoint yet" in told(empty.folder)
     broken = tmp_path / "broken"
     shutil.copytree(run.folder, broken)
-    newest = Run(broken).newest_checkpoint().folder
+    *older, newest = committed(Run(broken).checkpoints)
+    for folder in older:
+        shutil.rmtree(folder)
     file = next(newest.glob("__*"))
     file.write_bytes(file.read_bytes()[:-1])
     assert f"{newest} is broken: " in told(broken)
