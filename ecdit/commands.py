@@ -8,7 +8,7 @@ import typer
 from ecdit.errors import UserError
 from ecdit.evaluate.command import evaluate
 from ecdit.run import Run
-from ecdit.terminal import RunFolder, check_file, check_folder, console
+from ecdit.terminal import RunFolder, check_file, check_folder, console, number
 
 
 def register(app: typer.Typer) -> None:
@@ -30,6 +30,7 @@ def analyze(
     """Show where a run's experts work, on what, when, and how they overlap: pictures and data in RUN/analysis."""
     from ecdit.analyze.figures import write_study
     from ecdit.analyze.study import study
+    from ecdit.evaluate.paper import LARGEST_SHARE
     from ecdit.sampling import sample_settings
 
     place = Run(run)
@@ -41,7 +42,8 @@ def analyze(
     uneven = found.heterogeneity()
     console.print(
         f"{uneven['unrouted'].mean():.1%} of the tokens were taken by no expert; the busiest one by "
-        f"{uneven['largest'].max():.0%} of a layer's experts. Pictures and data: {run / 'analysis'}",
+        f"{uneven['largest'].max():.0%} of a layer's experts (the paper: up to {LARGEST_SHARE:.0%}). "
+        f"Pictures and data: {run / 'analysis'}",
         markup=False,
     )
 
@@ -55,7 +57,7 @@ def report(
 
     check_file(out)
     write_report(runs, out)
-    console.print(f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} in {out}", markup=False)
+    console.print(f"{number(len(runs), 'run')} in {out}", markup=False)
 
 
 def export(

@@ -30,6 +30,7 @@ class Denoiser:
         """recipe: the model's."""
         self._model, self._recipe = model, recipe
         self._device = next(model.parameters()).device
+        self._wide = torch.promote_types(next(model.parameters()).dtype, torch.float32)  # of latents and velocities
         self._solver, self._count = "euler", None
         self._graphed = Graphed(self._step) if self._can_be_captured() else None
         self._stream = torch.cuda.Stream(self._device) if self._graphed else None
@@ -54,7 +55,7 @@ class Denoiser:
         (2B, L): for each image its caption's and the empty one's. `count` is called whenever the velocity was asked
         for."""
         numbers = to_device(torch.tensor([*interval, guidance], dtype=torch.float64), self._device)
-        lot = latents, text, text_mask
+        lot = latents.to(self._wide), text, text_mask
         self._solver, self._count = solver, count
         if self._graphed is None or count is not None:  # a count goes to the host at every step
             return self._step(numbers, [lot])
@@ -66,13 +67,13 @@ class Denoiser:
         (latents, text, mask), model = next(iter(lots)), self._recipe
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            pairs = x.float().repeat_interleave(2, dim=0)
-            out = self._model.infer(pairs, t.float().expand(len(pairs)), text, mask, model.sample_group_tokens)
+            pairs = x.repeat_interleave(2, dim=0)
+            out = self._model.infer(pairs, t.to(x).expand(len(pairs)), text, mask, model.sample_group_tokens)
             if self._count is not None:
                 counts = [plan.experts_per_token().view(-1, 2, model.tokens)[:, 0] for plan in out.plans]
                 self._count(t.item(), torch.stack(counts).to("cpu", torch.uint8))
-            with_text, without = out.velocity.float().view(-1, 2, *out.velocity.shape[1:]).unbind(1)
-            return unpatchify(guide(with_text, without, numbers[2].float()), model.patch, model.channels)
+            with_text, without = out.velocity.to(x).view(-1, 2, *out.velocity.shape[1:]).unbind(1)
+            return unpatchify(guide(with_text, without, numbers[2].to(x)), model.patch, model.channels)
 
         return SOLVERS[self._solver](velocity, latents, numbers[:2])
 

@@ -58,21 +58,26 @@ def draw_all(
         for first in range(0, len(pending), at_once):
             part = pending[first : first + at_once]
             own = share(part, place.data_rank, place.data_ranks)
+            written = alone(part, place.data_rank, place.data_ranks) if place.speaks else []
             samples = sampler.draw([wanted[p].prompt for p in own], [wanted[p].seed for p in own], settings)
-            if place.speaks:
-                for path, image in dict(zip(own, samples.images, strict=True)).items():
-                    save_picture(image, path, texts[path] | {"source": source, "drawn_on": str(place.layout)})
+            for path, image in zip(written, samples.images, strict=False):
+                save_picture(image, path, texts[path] | {"source": source, "drawn_on": str(place.layout)})
             progress.advance(len(part))
     place.everyones(None)  # every rank's pictures are there
     return [path_of(request, folder) for request in requests]
 
 
-def share(items: list, rank: int, ranks: int) -> list:
-    """A rank's contiguous part. All get equally many, for ranks that share experts compute in step: where there are too
-    few, the last item is repeated, and drawn again to the same picture."""
+def alone(items: list, rank: int, ranks: int) -> list:
+    """A rank's contiguous part, which no other rank has."""
     each = -(-len(items) // ranks)
-    part = items[rank * each : (rank + 1) * each]
-    return part + items[-1:] * (each - len(part))
+    return items[rank * each : (rank + 1) * each]
+
+
+def share(items: list, rank: int, ranks: int) -> list:
+    """The same, and equally many for all, for ranks that share experts compute in step: where there are too few, the
+    last item is repeated, and drawn again to the same picture."""
+    part = alone(items, rank, ranks)
+    return part + items[-1:] * (-(-len(items) // ranks) - len(part))
 
 
 def _is_drawn(path: Path, text: dict[str, str]) -> bool:

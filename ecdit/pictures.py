@@ -14,6 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from ecdit.whole import whole
+
 CELL = 128  # side of a picture in a grid; smaller pictures are enlarged to it by whole factors
 GAP, LABEL = 6, 20
 
@@ -23,9 +25,8 @@ def save_picture(image: Tensor, path: Path, text: dict[str, str]) -> None:
     info = PngInfo()
     for key, value in text.items():
         info.add_itxt(key, value)
-    aside = path.with_suffix(".partial")
-    Image.fromarray(image.numpy()).save(aside, "PNG", pnginfo=info)
-    aside.replace(path)
+    with whole(path) as aside:
+        Image.fromarray(image.numpy()).save(aside, "PNG", pnginfo=info)
 
 
 def read_text(path: Path) -> dict[str, str]:

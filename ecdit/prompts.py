@@ -11,10 +11,20 @@ MOST = 2**63  # seeds are counters of 64 bits, signed
 
 @dataclass(frozen=True)
 class Request:
-    """A picture that is asked for: with a checkpoint and the settings, all that it depends on."""
+    """A picture that is asked for: with a checkpoint and the settings, all that it depends on. Raises UserError for a
+    seed that is none."""
 
     prompt: str
     seed: int
+
+    def __post_init__(self):
+        check_seed(self.seed)
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError where it is none."""
+    if not 0 <= seed < MOST:
+        raise UserError(f"seed: {seed} is no seed; valid: from 0 to {MOST - 1}, the last of several pictures included")
 
 
 def read_prompts(file: Path, n: int, seed: int) -> list[Request]:
@@ -31,7 +41,7 @@ def read_lines(file: Path) -> list[tuple[str, int | None]]:
     Raises UserError for a file that cannot be read, has no prompt, or has a line that is none.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # editors of Windows begin with a mark
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(

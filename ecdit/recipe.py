@@ -226,7 +226,9 @@ class TrainRecipe(Section):
     steps: PositiveInt = Field(800_000, description="Optimizer steps of the run.")
     batch: PositiveInt = Field(4096, description="Images of a step, over all ranks.")
     micro_batch: PositiveInt = Field(8, description="Images of one forward and backward pass on a rank.")
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="Of the compute; master weights are fp32.")
+    precision: Literal["bf16", "fp32", "fp64"] = Field(
+        "bf16", description="Of the compute; master weights are fp32. fp64 is for drawing alone."
+    )
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Of weights, data order, noise, times, masks.")
     recompute: Literal["none", "moe", "block"] = Field(
         "none", description="What backward computes again instead of keeping: nothing, MoE layers, whole blocks."

@@ -37,7 +37,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = _read(Path(path), ())
     for override in overrides:
         _override(values, override)
-    return parse_recipe(values, str(path))
+    recipe = parse_recipe(values, str(path))
+    if recipe.train.precision == "fp64":
+        raise UserError(
+            f"{path}: train.precision: fp64 is for `ecdit sample` and `ecdit evaluate` on a run; try fp32 or bf16"
+        )
+    return recipe
 
 
 def change_recipe(recipe: Recipe, overrides: Sequence[str], source: str) -> Recipe:

@@ -7,6 +7,7 @@ import yaml
 from ecdit.errors import UserError
 from ecdit.recipe import Recipe
 from ecdit.recipe_io import dump_recipe, load_recipe, parse_recipe
+from ecdit.terminal import console
 from parallel.checkpoint import folder as checkpoints
 from parallel.checkpoint.folder import Checkpoint
 
@@ -50,9 +51,25 @@ class Run:
         aside.write_text(dump_recipe(recipe), encoding="utf-8")
         aside.replace(self.recipe_file)
 
-    def newest_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint that verifies, and messages on broken ones."""
-        return checkpoints.newest(self.checkpoints)
+    def newest_checkpoint(self) -> Checkpoint:
+        """The newest checkpoint that verifies; tells of broken ones that are newer. Raises UserError where there is
+        none."""
+        saved, broken = checkpoints.newest(self.checkpoints)
+        if saved is None:
+            raise self.no_checkpoint(broken)
+        self.tell_of(broken, saved)
+        return saved
+
+    def no_checkpoint(self, broken: list[str]) -> UserError:
+        """What to raise where there is none but those, a message each."""
+        told = "no other checkpoint" if broken else "no checkpoint yet; `ecdit train` makes one"
+        return UserError("\n".join([*broken, f"{self.checkpoints}: {told}"]))
+
+    @staticmethod
+    def tell_of(broken: list[str], taken: Checkpoint) -> None:
+        """That another checkpoint than the newest is taken, and why."""
+        for message in broken:
+            console.print(f"{message}; {taken.folder.name} is taken", markup=False)
 
 
 # what a run may change on its way; all else decides the model, or which samples and noise it meets

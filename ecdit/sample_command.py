@@ -14,7 +14,7 @@ from ecdit.recipe import Recipe, SampleRecipe
 from ecdit.run import Run
 from ecdit.sampling import Sampler, sample_settings
 from ecdit.sampling_job import joined, open_sampler, sampling_recipe
-from ecdit.terminal import check_folder, console
+from ecdit.terminal import check_folder, console, number
 
 GRID_ROWS = 50  # more would make a picture that nothing shows
 
@@ -54,7 +54,8 @@ def sample(
     with joined(recipe, run) as place:
         sampler, source = open_sampler(run, recipe, place, step)
         if place.first:
-            console.print(f"{len(requests)} pictures of step {source.step}, {chosen.steps} steps each")
+            steps = number(chosen.steps, "step")
+            console.print(f"{number(len(requests), 'picture')} of step {source.step}, {steps} each")
         paths = draw_all(sampler, str(source), requests, chosen, out / "samples", place, str(run.folder))
         if place.first:
             _write_grid(requests, paths, n, out)
@@ -67,7 +68,8 @@ def _write_grid(requests: list[Request], paths: list[Path], n: int, out: Path) -
     labels = [request.prompt for request in requests[: GRID_ROWS * n : n]]
     grid(torch.stack([read_pixels(path) for path in shown]), labels, n).save(out / "samples.png")
     which = "all" if len(shown) == len(paths) else f"the first {len(shown)}"
-    console.print(f"{len(paths)} pictures in {out / 'samples'}, {which} on {out / 'samples.png'}", markup=False)
+    drawn = f"{number(len(paths), 'picture')} in {out / 'samples'}"
+    console.print(f"{drawn}, {which} on {out / 'samples.png'}", markup=False)
 
 
 def _check_heatmap(recipe: Recipe) -> None:
@@ -83,9 +85,9 @@ def _check_heatmap(recipe: Recipe) -> None:
 def _write_heatmap(
     sampler: Sampler, requests: list[Request], settings: SampleRecipe, out: Path, *, shown: bool
 ) -> None:
-    from ecdit.analyze.heatmap import write_heatmap
+    from ecdit.analyze.heatmap import PICTURES, write_heatmap
 
-    model = sampler.recipe.model
+    model, requests = sampler.recipe.model, requests[:PICTURES]  # there may be thousands
     counted = sampler.draw([r.prompt for r in requests], [r.seed for r in requests], settings, count_experts=True)
     if shown:
         write_heatmap(counted, out / "heatmap.png", [layer + 1 for layer in range(model.layers) if model.sparse(layer)])

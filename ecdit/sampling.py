@@ -3,7 +3,8 @@
 An image's conditional and unconditional half form one routing group, so a picture depends on its prompt, its seed and
 the settings, never on what else was in the batch. Nor does its rounding: a forward pass always has `sample.batch`
 pictures, filled up where there are fewer. A matrix product of another size is rounded otherwise, by 1e-7; that is
-enough for an expert to take another of two tokens that are all but tied, and then the picture is another one.
+enough for an expert to take another of two tokens that are all but tied, and then the picture is another one. In fp64
+it is 1e-16, and no two tokens are that close. The encoders, which stay in fp32, work on one picture at a time.
 
 Shapes: `B` images, `S` tokens of an image, `L` text tokens, `c` latent channels; `N` pictures asked for.
 """
@@ -23,6 +24,7 @@ from ecdit.diffusion.solver import time_grid
 from ecdit.dtypes import DTYPES
 from ecdit.errors import UserError
 from ecdit.model.dit import EcDit
+from ecdit.prompts import check_seed
 from ecdit.recipe import Recipe, SampleRecipe
 from ecdit.run import Run
 
@@ -62,9 +64,7 @@ class Sampler:
 
             alone = sampling_recipe(run, ())
             return open_sampler(run, alone, start_topology(alone))[0]
-        saved, messages = run.newest_checkpoint()
-        if saved is None:
-            raise UserError("\n".join([*messages, f"{run.checkpoints}: no checkpoint yet; `ecdit train` makes one"]))
+        saved = run.newest_checkpoint()
         with torch.device("meta"):
             model = EcDit(recipe.model)
         model.load_state_dict(saved.kind("ema"), assign=True)
@@ -92,6 +92,8 @@ class Sampler:
         count_experts: bool = False,
     ) -> Samples:
         """One picture for each prompt and seed, `settings.batch` at a time, or as many as tensor ranks share evenly."""
+        for seed in seeds:
+            check_seed(seed)
         size = self._batch(settings)
         parts = [
             self._draw(list(prompts[i : i + size]), list(seeds[i : i + size]), settings, count_experts)
@@ -114,7 +116,7 @@ class Sampler:
         images = self.decode(latents)[:wanted]
         times, experts = zip(*counts, strict=True) if counts else ((), ())
         taken = torch.stack(experts)[:, :, :wanted] if counts else None
-        return Samples(images, latents[:wanted].cpu(), prompts, seeds, list(times), taken)
+        return Samples(images, latents[:wanted].float().cpu(), prompts, seeds, list(times), taken)
 
     @torch.no_grad()
     def denoise(
@@ -132,7 +134,8 @@ class Sampler:
         missing = self._batch(settings) - len(prompts)
         prompts, seeds = ([*items, *items[-1:] * missing] for items in (list(prompts), list(seeds)))
         # a pair of rows for each picture: its caption, and the empty one
-        text, mask = self.text_encoder([caption for prompt in prompts for caption in (prompt, "")])
+        encoded = {prompt: self.text_encoder([prompt, ""]) for prompt in dict.fromkeys(prompts)}
+        text, mask = (torch.cat(parts) for parts in zip(*(encoded[prompt] for prompt in prompts), strict=True))
 
         latents = seed_noise(seeds, model.channels, model.side, device)
         for step in pairwise(time_grid(settings.steps, settings.shift)):
@@ -143,7 +146,8 @@ class Sampler:
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, c, h, w) -> pictures (B, R, R, 3) uint8."""
-        return self.autoencoder.decode(latents).permute(0, 2, 3, 1).cpu()
+        images = torch.cat([self.autoencoder.decode(one) for one in latents.split(1)])
+        return images.permute(0, 2, 3, 1).cpu()
 
 
 def sample(

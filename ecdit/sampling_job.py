@@ -56,7 +56,12 @@ def change_for_sampling(recipe: Recipe, overrides: Sequence[str], source: str) -
             )
     alone = recipe.model_copy(update={"parallel": ParallelRecipe()})
     # a micro-batch is of training, but the rules hold it against the layout: the whole batch divides by what it did
-    return change_recipe(alone, [*PLAIN, f"train.micro_batch={recipe.train.batch}", *overrides], source)
+    changed = change_recipe(alone, [*PLAIN, f"train.micro_batch={recipe.train.batch}", *overrides], source)
+    if changed.train.precision == "fp64":
+        for key, value in (("model.routing", changed.model.routing), ("train.linears", changed.train.linears)):
+            if value in ("megatron_topk", "transformer_engine"):
+                raise UserError(f"train.precision: fp64 does not go with {key}: {value}, which has none; try fp32")
+    return changed
 
 
 def precision_of(recipe: Recipe) -> str:
@@ -107,6 +112,9 @@ def _verified(run: Run, place: Topology, step: int | None) -> Checkpoint:
     for folder in reversed(folders):
         problems = [problem for part in place.everyones(verify(folder, place.rank, place.ranks)) for problem in part]
         if not problems:
-            return open_checkpoint(folder)
+            saved = open_checkpoint(folder)
+            if place.first:
+                run.tell_of(messages, saved)
+            return saved
         messages.append(f"{folder} is broken: {'; '.join(dict.fromkeys(problems))}")
-    raise UserError("\n".join([*messages, f"{run.checkpoints}: no checkpoint yet; `ecdit train` makes one"]))
+    raise run.no_checkpoint(messages)

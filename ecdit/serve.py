@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ecdit.errors import UserError
+from ecdit.prompts import check_seed
 from ecdit.run import Run
 from ecdit.sampling import Sampler, sample_settings
 
@@ -65,20 +66,20 @@ def build(sampler: Sampler, name: str) -> Any:
             prompt = gradio.Textbox(label="Prompt", value=sampler.recipe.log.prompts[0], scale=4, autofocus=True)
             button = gradio.Button("Draw", variant="primary")
         with gradio.Row():
-            seed = gradio.Number(label="Seed", value=0, precision=0, minimum=0)
+            seed = gradio.Number(label="Seed", value=0, precision=0)
             steps = gradio.Slider(1, MOST_STEPS, value=min(defaults.steps, MOST_STEPS), step=1, label="Steps")
             guidance = gradio.Slider(0, 15, value=min(defaults.guidance, 15), step=0.5, label="Guidance")
         with gradio.Row():
             plain = {"format": "png", "interactive": False, "buttons": ["download", "fullscreen"]}  # not: share
             picture = gradio.Image(label="Picture", **plain)
-            heat = gradio.Image(label="Experts per token", visible=sparse, **plain)
+            heat = gradio.Image(label="Experts per token (dark: none, bright: many)", visible=sparse, **plain)
         told = gradio.Textbox(label="State", interactive=False)
 
         def draw(prompt: str, seed: float, steps: float, guidance: float) -> Iterator[tuple]:
             try:
                 yield from states(sampler, prompt, int(seed or 0), int(steps), float(guidance))
             except UserError as error:
-                raise gradio.Error(str(error)) from None
+                raise gradio.Error(str(error), print_exception=False) from None
 
         inputs, outputs = [prompt, seed, steps, guidance], [picture, heat, told]
         gradio.on([button.click, prompt.submit], draw, inputs, outputs, api_name="draw", show_progress="hidden")
@@ -90,8 +91,7 @@ def states(
 ) -> Iterator[tuple[Image.Image, Image.Image | None, str]]:
     """The picture, the heat map over it (None for a model without groups) and what to say, at most SHOWN times and at
     the end. The last picture is what `ecdit sample` draws. Raises UserError for a bad number."""
-    if not 0 <= seed < 2**63:
-        raise UserError(f"Seed: {seed} is not valid; from 0 to 2^63 - 1")
+    check_seed(seed)
     settings = sample_settings(sampler.recipe, steps=steps, guidance=guidance)
     shown = set(np.linspace(1, steps, min(steps, SHOWN)).round().astype(int).tolist())
     counts: list[Tensor] = []

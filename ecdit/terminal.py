@@ -34,6 +34,11 @@ def check_folder(out: Path, option: str = "--out") -> None:
         raise UserError(f"{option}: {out}: a file is in the way; valid: a folder, or a name that is free") from None
 
 
+def number(count: int, thing: str) -> str:
+    """ "1 picture", "2 pictures"."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
 def join_job() -> None:
     """Takes this process's place in the job of srun, where that started it. Raises UserError where it cannot."""
     try:

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from megatron.core import parallel_state
+from PIL import Image
 from typer.testing import CliRunner
 
 from ecdit import UserError, reference
 from ecdit.analyze import watch
+from ecdit.analyze.heatmap import write_heatmap
 from ecdit.analyze.study import _Watcher, study
 from ecdit.analyze.watch import watch_attention, watch_routing
 from ecdit.cli import app
@@ -19,7 +21,7 @@ from ecdit.diffusion.objective import objective, to_differentiate
 from ecdit.model.dit import EcDit
 from ecdit.model.router import Router
 from ecdit.run import Run
-from ecdit.sampling import Sampler, sample_settings
+from ecdit.sampling import Sampler, Samples, sample_settings
 from parallel import topology
 from parallel.spread import Spread
 from parallel.topology import Layout
@@ -215,6 +217,18 @@ def test_the_command_leaves_pictures_and_data(runs):
     assert record["unrouted_share"] == pytest.approx((arrays["experts_per_token"] == 0).mean())
     assert [layer["layer"] for layer in record["layers"]] == [2, 4]
     assert len(record["layers"][0]["experts_by_number"]) == 4
+
+
+def test_any_prompt_can_stand_over_its_picture(tmp_path, recwarn):
+    """A dollar begins no formula, a script without glyphs is no warning, a long prompt leaves room for pictures."""
+    sizes = []
+    for prompts in (["$\\frac{ is no formula", "赤い丸"], ["a red circle"], ["a very long prompt " * 30]):
+        images, experts = torch.zeros(len(prompts), 32, 32, 3, dtype=torch.uint8), torch.ones(3, 2, len(prompts), 64)
+        write_heatmap(Samples(images, images, prompts, [0], [0.0, 0.5, 0.9], experts), tmp_path / "a.png", [2, 4])
+        with Image.open(tmp_path / "a.png") as picture:
+            pixels = np.asarray(picture.convert("RGB")).astype(int)
+        sizes.append((np.ptp(pixels, axis=2) > 30).sum())  # coloured ones
+    assert min(sizes) > 0.8 * max(sizes) and not [w for w in recwarn if "Glyph" in str(w.message)]
 
 
 def test_a_dense_run_has_nothing_to_show(runs):

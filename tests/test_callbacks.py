@@ -197,7 +197,8 @@ def test_a_checkpoint_that_could_not_be_written_is_not_waited_for(attend):
     [
         (["evaluation.suites=[clip]"], "evaluation.options: --suite clip: needs --clip"),
         (["evaluation.options={clop: x}"], "evaluation.options: 'clop' is not known; valid: n, seed, prompts"),
-        (["evaluation.options={n: few}"], "evaluation.options: n: 'few' is no whole number"),
+        (["evaluation.options={n: few}"], "evaluation.options: n: 'few' is no whole number from 1 on"),
+        (["evaluation.options={n: 0}"], "evaluation.options: n: 0 is no whole number from 1 on"),
         (["evaluation.keys=[model.width=8]"], "evaluation.keys: 'model.width=8': this key belongs to the run"),
         (["evaluation.keys=[parallel.expert=2]"], "evaluation.keys: parallel.expert"),
     ],

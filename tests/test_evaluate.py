@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,11 @@ from ecdit.evaluate import fid
 from ecdit.evaluate.clip import Clip
 from ecdit.evaluate.dsg import Question, read_questions, score_item
 from ecdit.evaluate.fid import Inception, Statistics, frechet_distance
-from ecdit.evaluate.geneval import read_summary
+from ecdit.evaluate.geneval import DETECTOR, GenEvalSuite, read_summary
+from ecdit.evaluate.paper import told
 from ecdit.evaluate.parti import read_parti
 from ecdit.evaluate.suite import Options, packages
-from ecdit.evaluate.suites import SUITES, names_of
+from ecdit.evaluate.suites import SUITES, as_table, names_of
 from ecdit.evaluate.vqa import LocalVqa, Server, open_vqa, says_yes
 from ecdit.pictures import read_pixels
 from tests.command import ecdit
@@ -42,10 +44,14 @@ METADATA = [
     for tag, word in (("single_object", "a cow"), ("counting", "two cows"))
 ]
 JUDGE = """
-import json, sys
+import argparse, json
 from pathlib import Path
-images, outfile, results = Path(sys.argv[1]), sys.argv[sys.argv.index("--outfile") + 1], []
-assert Path(sys.argv[sys.argv.index("--model-path") + 1]).is_dir()
+parser = argparse.ArgumentParser()
+for name in ("images", "--outfile", "--model-path"):
+    parser.add_argument(name)
+args, results = parser.parse_args(), []
+images, outfile = Path(args.images), args.outfile
+assert (Path(args.model_path) / "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.pth").is_file()
 for folder in sorted(images.iterdir()):
     metadata = json.loads((folder / "metadata.jsonl").read_text())
     for picture in sorted((folder / "samples").iterdir()):
@@ -54,6 +60,7 @@ for folder in sorted(images.iterdir()):
 Path(outfile).write_text("\\n".join(map(json.dumps, results)))
 """
 SUMMARY = """
+open("object_names.txt").close()  # as the real one does, where it is started
 print("Summary\\n=======\\nTotal images: 4\\n% correct images: 75.00%\\n\\nTask breakdown\\n==============")
 print("single_object    = 50.00% (1 / 2)\\ncounting         = 100.00% (2 / 2)\\n")
 print("Overall score (avg. over tasks): 0.75000")
@@ -67,6 +74,7 @@ def judges(tmp_path_factory):
     make_clip(folder / "clip")
     make_vilt(folder / "vilt")
     make_inception(folder / "inception.pt")
+    torch.jit.script(nn.Linear(2, 2)).save(folder / "other.pt")
     (folder / "captions.txt").write_text("a red circle\na blue square\na star\n")
     (folder / "questions.csv").write_text(QUESTIONS)
     (folder / "parti.tsv").write_text(PARTI)
@@ -74,10 +82,15 @@ def judges(tmp_path_factory):
     for name, text in (
         ("evaluation/evaluate_images.py", JUDGE),
         ("evaluation/summary_scores.py", SUMMARY),
+        ("evaluation/object_names.txt", "cow"),
         ("prompts/evaluation_metadata.jsonl", "\n".join(map(json.dumps, METADATA))),
     ):
         (repository / name).parent.mkdir(parents=True, exist_ok=True)
         (repository / name).write_text(text)
+    shutil.copytree(repository, folder / "lame")
+    (folder / "lame/evaluation/evaluate_images.py").write_text("import mmdet")
+    (folder / "detector").mkdir()
+    (folder / "detector" / DETECTOR).touch()
     rng = np.random.default_rng(0)
     (folder / "reference").mkdir()
     for i, size in enumerate([(40, 30), (8, 8), (20, 50), (64, 64), (9, 9)]):
@@ -194,7 +207,9 @@ def test_a_local_model_answers_as_itself(judges, pictures):
     for path, question in pairs:
         inputs = processor(Image.open(path), question, return_tensors="pt")
         expected.append(model.config.id2label[model(**inputs).logits.argmax().item()])
-    assert LocalVqa(str(judges / "vilt")).ask(pairs) == expected
+    vqa = LocalVqa(str(judges / "vilt"))
+    assert vqa.ask(pairs) == expected
+    assert vqa.ask([(pictures[0], "a" * 99)]) == vqa.ask([(pictures[0], "a" * 60)])  # more than its 40 places
 
 
 def test_a_server_is_asked_in_openais_protocol(pictures, monkeypatch):
@@ -219,6 +234,9 @@ def test_parents_decide_what_counts():
 
 
 def test_files_of_prompts_are_read(judges, tmp_path):
+    marked = tmp_path / "questions.csv"  # as Windows' programs write it
+    marked.write_bytes(b"\xef\xbb\xbf" + (judges / "questions.csv").read_bytes())
+    assert read_questions(marked) == read_questions(judges / "questions.csv")
     items = read_questions(judges / "questions.csv")
     assert [(item.name, item.category, len(item.questions)) for item in items] == [
         ("whoops_5", "defying", 3),
@@ -236,7 +254,6 @@ def test_files_of_prompts_are_read(judges, tmp_path):
 def test_the_command_scores_several_suites_and_leaves_a_trace(run, judges, tmp_path, monkeypatch):
     """Two ranks draw, the first judges; one rank goes on from what they drew; the trace draws the pictures again."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (judges / "detector").mkdir()
     with chat_server() as (url, asked):
         command = [
             "evaluate", run.folder, "--suite", "fid,clip,geneval,dsg,parti", "--json", "-n", 2,
@@ -285,12 +302,29 @@ def test_the_command_scores_several_suites_and_leaves_a_trace(run, judges, tmp_p
         assert torch.equal(pixels, read_pixels(run.folder / "evaluate/pictures" / line["file"]))
 
 
+def test_the_papers_row_stands_beside_ours():
+    tasks = {name: {"score": 0.5, "pictures": 4} for name in ("single_object", "position")}
+    scores = {"overall": 0.5, "pictures": 8, "tasks": tasks}
+    table = as_table("geneval", scores, GenEvalSuite.rows(scores))
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert rows == [
+        ("single_object", "50.00%", "4", ""),
+        ("position", "50.00%", "4", "21.33%"),
+        ("overall", "50.00%", "8", "71.68%"),
+    ]
+    # a figure that was not read in the paper says so, and a suite without one says why
+    assert "abstract; " in told("geneval") and told("geneval").endswith("as quoted in a reader's notes")
+    for name in SUITES.keys() - {"samples"}:
+        assert told(name).startswith("paper: ")
+    assert told("samples") == ""
+
+
 def options(judges, **changed):
     """All that the suites need, but for what is changed."""
     given = {
         "prompts": judges / "captions.txt", "reference": judges / "reference", "inception": judges / "inception.pt",
         "clip": judges / "clip", "questions": judges / "questions.csv", "vqa": judges / "vilt",
-        "parti": judges / "parti.tsv", "geneval": judges / "geneval", "detector": judges,
+        "parti": judges / "parti.tsv", "geneval": judges / "geneval", "detector": judges / "detector",
     } | changed  # fmt: skip
     return [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
 
@@ -305,6 +339,7 @@ def options(judges, **changed):
         ("fid", {"reference": "nowhere"}, "--reference: nowhere: no such folder"),
         ("fid", {"reference": "."}, "captions.txt: no picture"),
         ("fid", {"inception": "captions.txt"}, "captions.txt: no TorchScript module"),
+        ("fid", {"inception": "other.pt"}, "--inception: other.pt: makes no features of pictures: "),
         ("clip", {"clip": "./nowhere"}, "--clip: './nowhere': no such folder"),
         ("clip", {"clip": "geneval"}, "cannot be loaded as a CLIP with its processor"),
         ("clip", {"clip": "vilt"}, "more; valid: weights of a CLIPModel"),
@@ -314,6 +349,7 @@ def options(judges, **changed):
             "parti.tsv: valid: a csv file as dsg-1k-anns.csv, with columns item_id, text",
         ),
         ("dsg", {"vqa": "http://127.0.0.1:9/v1"}, "is a server: needs --vqa-model"),
+        ("dsg", {"vqa": "http://127.0.0.1:9/v1", "vqa_model": "x"}, "--vqa: http://127.0.0.1:9/v1 cannot be reached: "),
         ("dsg", {"vqa": "./nowhere"}, "--vqa: './nowhere': no such folder"),
         ("parti", {"parti": "questions.csv"}, "questions.csv: valid: PartiPrompts.tsv, with columns Prompt"),
         ("geneval", {"geneval": "clip"}, "--geneval: clip/evaluation/evaluate_images.py: no such file"),
@@ -322,7 +358,12 @@ def options(judges, **changed):
             {"metadata": "captions.txt"},
             "captions.txt, line 1: valid: an object with tag, include and prompt",
         ),
-        ("geneval", {"geneval": None}, "--suite geneval: needs --metadata"),
+        ("geneval", {"metadata": "inception.pt"}, "--metadata: inception.pt: is no UTF-8 text; valid: GenEval"),
+        ("geneval", {"geneval": None, "detector": None}, "--suite geneval: needs --metadata"),
+        ("geneval", {"geneval": None}, "--detector: is for GenEval's scorer: needs --geneval, the folder of its repos"),
+        ("geneval", {"detector": "clip"}, f"--detector: clip/{DETECTOR}: no such file"),
+        ("geneval", {"geneval_python": "./python9"}, "--geneval-python: ./python9: No such file or directory"),
+        ("geneval", {"geneval": "lame"}, "ModuleNotFoundError: No module named 'mmdet'; valid: GenEval's own env"),
     ],
 )
 def test_bad_input_is_named(run, judges, suite, changed, told, monkeypatch):

@@ -129,7 +129,7 @@ def test_one_file_holds_the_checkpoint_bit_for_bit(runs, kind, tmp_path):
     run = Run(runs / "expert_choice")
     done = invoke(run.folder, "--weights", kind, "--out", tmp_path / "w.safetensors")
     assert done.exit_code == 0, done.output
-    saved, found = run.newest_checkpoint()[0].kind(kind), load_file(tmp_path / "w.safetensors")
+    saved, found = run.newest_checkpoint().kind(kind), load_file(tmp_path / "w.safetensors")
     assert found.keys() == saved.keys() and all(torch.equal(found[name], saved[name]) for name in saved)
     done = invoke(run.folder, "--weights", kind, "--dtype", "bf16", "--out", tmp_path / "b.safetensors")
     assert done.exit_code == 0, done.output

@@ -74,6 +74,7 @@ def test_fid_and_clip_are_paired_by_step_whatever_the_file(tmp_path):
         fid={"fid": 20.0},
         clip={"clip": 0.3, "step": 4},
         fid_step_3={"fid": 25.0},
+        parti={"best_clip_score": 0.9, "categories": {"Animals": {"clip_score": 0.8}}, "step": 4},
     )
     (data,) = read_runs([run])
     assert fid_and_clip(data) == [(2, 30.0, 0.2), (4, 20.0, 0.3)]
@@ -96,6 +97,13 @@ def test_what_cannot_be_compared_is_named(tmp_path):
         read_runs([run, empty])
     with pytest.raises(UserError, match="stands twice"):
         read_runs([run, tmp_path / "b/../a"])
+    torn = make(tmp_path / "torn")  # what a full disk leaves is left out
+    draw(torn, "a red circle", 0, {})
+    (torn / "samples/none.png").write_text("garbage")
+    (torn / "evaluate/step-2").mkdir(parents=True)
+    (torn / "evaluate/step-2/samples.jsonl").write_text('{"prompt": "a')
+    (data,) = read_runs([torn])
+    assert list(data.pictures) == [("a red circle", 0)] and not data.drawn
     broken = make(tmp_path / "c")
     (broken / "evaluate-fid.json").write_text("{")
     with pytest.raises(UserError, match=r"evaluate-fid.json: cannot read these scores"):
@@ -116,11 +124,12 @@ def compared(tmp_path):
         tmp_path / "sparse", losses=np.linspace(1, 0.25, 200).tolist(), fid={"fid": 15.0}, clip={"clip": 0.31}
     )
     for run in (dense, sparse):
-        draw(run, "a red circle", 0, {"steps": 50})
+        draw(run, "a red circle", 0, {"steps": 50, "checkpoint": f"step 200, {run.name}"})
         draw(run, evil, 1, {"steps": 50})
     draw(dense, "alone", 0, {})
     (sparse / "analysis").mkdir()
     Image.new("RGB", (64, 32), "blue").save(sparse / "analysis/overlap.png")
+    Image.new("RGB", (64, 32), "blue").save(sparse / "heatmap.png")
     return [dense, sparse]
 
 
@@ -139,7 +148,7 @@ def test_a_browser_opens_the_page_without_a_network(compared, tmp_path):
         page.wait_for_load_state("networkidle")
         assert [url for url in asked if not url.startswith("data:")] == [out.as_uri()] and not troubles
         sizes = page.eval_on_selector_all("img", "all => all.map(i => i.complete ? i.naturalWidth : 0)")
-        assert len(sizes) == 8 and all(sizes)  # three charts, four samples, one analysis
+        assert len(sizes) == 9 and all(sizes)  # three charts, four samples, a heat map, an analysis
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         loss = page.inner_text("#loss")
         assert "not reached" in loss and re.search(r"\(0\.6\dx\)", loss)
@@ -156,6 +165,33 @@ def test_the_page_is_one_file_and_refers_to_nothing(compared, tmp_path):
     text = (tmp_path / "report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:|#)', text) and "<script" not in text and "@import" not in text
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_scores_have_the_papers_beside_them(tmp_path):
+    tasks = {"position": {"score": 0.125, "pictures": 4}, "counting": {"score": 0.25, "pictures": 4}}
+    run = make(tmp_path / "a", geneval={"overall": 0.5, "tasks": tasks}, fid={"fid": 20.0})
+    write_report([run], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    for cells in (["overall", "0.5", "71.68%"], ["position", "0.125", "21.33%"], ["counting", "0.25", ""]):
+        assert "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>" in text
+    assert "paper: a curve of FID against CLIP score (Figure 7)" in text and "pictures</td>" not in text
+
+
+def test_pictures_of_other_settings_are_called_so(compared, tmp_path):
+    told = "Not all were drawn with the same settings"
+    write_report(compared, tmp_path / "report.html")
+    assert told not in (tmp_path / "report.html").read_text()  # their checkpoints differ, as of any two runs
+    draw(compared[0], "a red circle", 0, {"steps": 9})
+    write_report(compared, tmp_path / "report.html")
+    assert told in (tmp_path / "report.html").read_text()
+
+
+def test_what_analyze_draws_is_not_shown_twice(compared, tmp_path):
+    run = compared[1]
+    (run / "analysis/allocation.png").write_bytes((run / "heatmap.png").read_bytes())
+    write_report([run], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "allocation.png" in text and "heatmap.png" not in text
 
 
 def test_losses_of_another_task_are_called_so(compared, tmp_path):

@@ -1,22 +1,29 @@
 """A picture is a function of checkpoint, prompt and seed: alone, in a batch, on any ranks, drawn once."""
 
+import errno
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
+from ecdit import drawing
 from ecdit.assemble import start_topology
 from ecdit.drawing import path_of, share, text_of
 from ecdit.errors import UserError
-from ecdit.pictures import read_pixels, read_text, slug
+from ecdit.export.weights import checkpoint_of
+from ecdit.pictures import read_pixels, read_text, save_picture, slug
 from ecdit.prompts import Request, read_prompts, repeat
 from ecdit.recipe_io import change_recipe
 from ecdit.run import Run
 from ecdit.sample_command import sample
 from ecdit.sampling import Sampler
-from ecdit.sampling_job import open_sampler, precision_of, sampling_recipe
+from ecdit.sampling_job import joined, open_sampler, precision_of, sampling_recipe
+from ecdit.whole import whole
 from parallel import topology
+from parallel.checkpoint.folder import committed
 from tests.command import ecdit
 from tests.ranks import run_on_ranks
 from tests.test_layouts_cli import torchrun
@@ -69,6 +76,86 @@ def test_a_picture_is_the_same_alone_in_a_batch_and_on_any_layout(run, alone, la
     for found in run_on_ranks(on_ranks, ranks, run.folder, overrides):
         torch.testing.assert_close(torch.from_numpy(found), alone, rtol=0, atol=0 if exactly else 1e-5)
     assert (alone[0] - alone[1]).abs().max() > 0.1  # and no two are alike
+
+
+def near_ties(model):
+    """Routers whose scores of experts are large and all but alike, so that in fp32 rounding decides which token an
+    expert takes."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("router.weight"):
+                weight.copy_(1e-4 * weight + 30 * weight[:, :1])
+
+
+def in_fp64(folder, overrides):
+    run = Run(folder)
+    recipe = sampling_recipe(run, ("train.precision=fp64", *overrides))
+    place = start_topology(recipe)
+    sampler, _ = open_sampler(run, recipe, place)
+    near_ties(sampler.model)
+    own = draw(sampler, share(REQUESTS[:16], place.data_rank, place.data_ranks))
+    found = torch.cat(place.gather([own]))
+    topology.stop()
+    return found.numpy()
+
+
+@pytest.fixture(scope="module")
+def alone_in_fp64(run):
+    sampler = Sampler.from_run(run, torch.device("cpu"))
+    sampler.model.double()
+    near_ties(sampler.model)
+    sampler = Sampler(sampler.model, sampler.recipe, sampler.text_encoder, sampler.autoencoder)
+    return torch.cat([draw(sampler, [request]) for request in REQUESTS[:16]])
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if not name.startswith("data")])
+def test_in_fp64_near_ties_change_no_picture_whatever_is_computed_at_once(run, alone_in_fp64, layout):
+    """In fp32 all of these pictures differ, by up to 0.05."""
+    ranks, overrides = LAYOUTS[layout]
+    for found in run_on_ranks(in_fp64, ranks, run.folder, ("sample.batch=16", *overrides)):
+        torch.testing.assert_close(torch.from_numpy(found), alone_in_fp64, rtol=0, atol=1e-5)
+    assert alone_in_fp64.dtype == torch.float32
+
+
+def test_encoders_see_one_picture_at_a_time(run):
+    """Else what they make of it would be rounded otherwise, and be another input."""
+    sampler, asked = Sampler.from_run(run, torch.device("cpu")), []
+    text, pictures = sampler.text_encoder, sampler.autoencoder
+    sampler.text_encoder = lambda captions: asked.append(captions) or text(captions)
+    sampler.autoencoder = SimpleNamespace(decode=lambda x: asked.append(len(x)) or pictures.decode(x))
+    settings = sampler.recipe.sample.model_copy(update={"batch": 4})
+    sampler.draw(["a", "b", "b"], [0, 1, 2], settings)
+    assert asked == [["a", ""], ["b", ""], 1, 1, 1, 1]
+
+
+def written_on_ranks(run_folder, folder):
+    run, written, save = Run(run_folder), [], drawing.save_picture
+    drawing.save_picture = lambda image, path, text: written.append(path.name) or save(image, path, text)
+    with joined(sampling_recipe(run, ()), run) as place:
+        sampler, source = open_sampler(run, sampling_recipe(run, ()), place)
+        drawing.draw_all(sampler, str(source), REQUESTS[:5], sampler.recipe.sample, folder, place, "test")
+    return written
+
+
+def test_no_two_ranks_write_the_same_picture(run, tmp_path):
+    """Five pictures on four ranks: the last one is drawn by two, of which one would find its file gone."""
+    written = [name for names in run_on_ranks(written_on_ranks, 4, run.folder, tmp_path) for name in names]
+    assert sorted(written) == sorted(path_of(request, tmp_path).name for request in REQUESTS[:5])
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def full(*_args, **_more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.png'"):
+        save_picture(torch.zeros(4, 4, 3, dtype=torch.uint8), tmp_path / "a.png", {})
+    monkeypatch.undo()
+    (tmp_path / "there").write_text("old")
+    with pytest.raises(KeyboardInterrupt), whole(tmp_path / "there") as aside:
+        aside.write_text("half")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["there"] and (tmp_path / "there").read_text() == "old"
 
 
 def test_a_prompt_file_is_drawn_by_ranks_once(run, tmp_path):
@@ -126,9 +213,18 @@ def test_a_run_of_gpus_is_drawn_from_anywhere(tmp_path, trained):
     assert sampler.draw(["a star"], [0], plain.sample).images.float().std() > 10
 
 
+def test_a_heat_map_draws_again_what_it_shows_and_no_more(run, tmp_path, monkeypatch):
+    drawn, draw_them = [], Sampler.draw
+    monkeypatch.setattr(Sampler, "draw", lambda self, *a, **k: drawn.append((a[0], k)) or draw_them(self, *a, **k))
+    sample(run, (), list("abcde"), None, 2, 0, {}, tmp_path, heatmap=True)
+    assert drawn[-1] == (["a", "b", "c"], {"count_experts": True}) and (tmp_path / "heatmap.png").exists()
+
+
 def test_pictures_of_other_linears_are_others(run):
     recipe = sampling_recipe(run, ("train.linears=transformer_engine", "train.precision=bf16"))
     assert precision_of(recipe) == "bf16, transformer_engine"
+    with pytest.raises(UserError, match=r"train\.precision: fp64 does not go with train\.linears: trans"):
+        sampling_recipe(run, ("train.linears=transformer_engine", "train.precision=fp64"))
     with pytest.raises(UserError, match=r"this key belongs to the run, .*valid here: parallel\.\*"):
         sampling_recipe(run, ("precision.fp8=block",))
 
@@ -147,6 +243,8 @@ def test_prompt_files(tmp_path):
     ]
     objects.write_text('{"prompt": "a", "seed": 3}\n{"prompt": ""}\n')
     assert read_prompts(objects, 1, 5) == [Request("a", 3), Request("", 5)]
+    text.write_bytes("\ufeffa café\u2028au lait\r\n".encode())  # as Windows' editors write it
+    assert read_prompts(text, 1, 0) == [Request("a café\u2028au lait", 0)]
     requests = repeat(["a", "a", "b"], 4, 0) + repeat(["a", "a", "b"], 4, 1)
     assert len({request.seed for request in requests}) == 24
 
@@ -160,6 +258,7 @@ def test_prompt_files(tmp_path):
         ("a.jsonl", "a red circle", "a.jsonl, line 1: 'a red circle' is no prompt"),
         ("b.jsonl", '{"prompt": "a"}\n{"prompt": "a", "seed": -1}', "b.jsonl, line 2: seed: -1 is no seed"),
         ("c.jsonl", '{"caption": "a"}', "c.jsonl, line 1:"),
+        ("d.jsonl", f'{{"prompt": "a", "seed": {2**63}}}', f"d.jsonl, line 1: seed: {2**63} is no seed"),
     ],
 )
 def test_bad_prompt_files_are_named(tmp_path, name, content, told):
@@ -177,13 +276,18 @@ def test_names_of_files_tell_prompts_apart():
     assert all(0 < len(name) <= 60 and "/" not in name for name in names)
 
 
-def test_bad_input_of_the_command(run, tmp_path):
+def test_bad_input_of_the_command(run, tmp_path, capsys):
     def told(folder, overrides=(), prompts=None, file=None):
         with pytest.raises(UserError) as error:
             sample(Run(folder), overrides, prompts, file, 1, 0, {}, tmp_path, heatmap=False)
         topology.stop()
         return str(error.value)
 
+    for seed, n in ((2**63, 1), (2**63 - 1, 2)):  # of the second, the second picture has none
+        with pytest.raises(UserError, match=f"seed: {2**63} is no seed; valid: from 0 to {2**63 - 1}"):
+            sample(run, (), ["a"], None, n, seed, {}, tmp_path, heatmap=False)
+    with pytest.raises(UserError, match=f"seed: {2**64} is no seed"):
+        Sampler.from_run(run, torch.device("cpu")).draw(["a"], [2**64], run.recipe().sample)
     lost = tmp_path / "no.txt"
     assert "'model.layers=2': this key belongs to the run" in told(run.folder, ["model.layers=2"])
     assert "parallel.tensor: 3 does not divide model.heads: 4" in told(run.folder, ["parallel.tensor=3"])
@@ -193,6 +297,19 @@ def test_bad_input_of_the_command(run, tmp_path):
     empty = Run(tmp_path / "empty")
     empty.write_recipe(run.recipe())
     assert "no checkpoint yet" in told(empty.folder)
+    broken = tmp_path / "broken"
+    shutil.copytree(run.folder, broken)
+    *older, newest = committed(Run(broken).checkpoints)
+    for folder in older:
+        shutil.rmtree(folder)
+    file = next(newest.glob("__*"))
+    file.write_bytes(file.read_bytes()[:-1])
+    assert f"{newest} is broken: " in told(broken)
+    shutil.copytree(run.folder / "checkpoints" / newest.name, broken / "checkpoints/step-1")
+    capsys.readouterr()
+    sample(Run(broken), (), ["a"], None, 1, 0, {}, tmp_path, heatmap=False)
+    assert checkpoint_of(Run(broken)).folder.name == "step-1"
+    assert capsys.readouterr().err.count("; step-1 is taken") == 2  # of what is drawn and of what is exported
     wrong = complaint(ecdit("sample", run.folder, "--step", 2))
     assert "--step: 2: " in wrong and "has no checkpoint of this step; valid: 3" in wrong
     assert f"{lost}: cannot read this prompts file" in complaint(ecdit("sample", run.folder, "--prompts", lost))

@@ -48,7 +48,7 @@ def test_a_dense_run_has_no_heat_map(runs):
 
 def test_bad_numbers_are_named(runs):
     sampler = sampler_of(runs / "expert_choice")
-    with pytest.raises(UserError, match="Seed: -1 is not valid"):
+    with pytest.raises(UserError, match="seed: -1 is no seed"):
         next(states(sampler, "a", -1, 2, 1.0))
     with pytest.raises(UserError, match="steps"):
         next(states(sampler, "a", 0, 0, 1.0))
@@ -86,7 +86,7 @@ DONE = "() => [...document.querySelectorAll('textarea, input')].some(e => e.valu
 BOTH = "() => [...document.querySelectorAll('img')].filter(image => image.naturalWidth === 512).length === 2"
 
 
-def test_a_browser_sees_the_picture_appear(runs):
+def test_a_browser_sees_the_picture_appear(runs, capfd):
     gradio = pytest.importorskip("gradio")
     app, port = build(sampler_of(runs / "expert_choice"), "<b>tiny</b>"), free_port()
     with open_browser() as page:
@@ -105,6 +105,10 @@ def test_a_browser_sees_the_picture_appear(runs):
             assert page.evaluate("window.shown.size") >= 6  # picture and heat map, in three states at least
             assert asked - {""} == {f"127.0.0.1:{port}"}  # nothing from elsewhere
             assert page.is_visible("text=Experts per token") and page.title() == "EC-DiT: <b>tiny</b>"
+            page.get_by_label("Seed").fill("-5")
+            page.click("button:has-text('Draw')")
+            page.wait_for_selector("text=seed: -5 is no seed; valid: from 0 to", timeout=60_000)
+            assert "Traceback" not in capfd.readouterr().err  # what a user mistypes is no crash of the server
         finally:
             app.close()
 

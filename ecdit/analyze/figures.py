@@ -6,15 +6,18 @@ Shapes: `V` times, `E` experts, `W` words, `l` MoE layers.
 import json
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from ecdit.analyze.heatmap import write_heatmap
 from ecdit.analyze.study import Study
+from ecdit.evaluate.paper import LARGEST_SHARE
 
 MOST_LAYERS = 6  # shown of a deep model, evenly spaced
 MOST_WORDS = 24
+AROUND_ONE = matplotlib.colormaps["RdBu_r"].with_extremes(bad="lightgrey")  # what is not known is not white, which is 1
 
 
 def write_study(study: Study, folder: Path) -> list[Path]:
@@ -51,6 +54,9 @@ def heterogeneity(study: Study) -> Figure:
         axes.set_xlabel("t (0: noise, 1: picture)", fontsize=8)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
+    right.axhline(100 * LARGEST_SHARE, color="grey", ls="--", lw=1, label="the paper, at most")
+    right.set_ylim(0, 105)
+    right.legend(handles=right.lines[-1:], fontsize=7)
     left.legend(fontsize=7)
     return figure
 
@@ -67,11 +73,12 @@ def specialisation(study: Study) -> Figure:
         shown = np.linspace(0, len(study.samples.times) - 1, 5).round().astype(int)
         axes[row][0].set_xticks(shown, [f"{study.samples.times[v]:.2f}" for v in shown], fontsize=7)
         axes[row][0].set_ylabel(f"layer {study.layers[i]}\nexpert", fontsize=8)
-        which = axes[row][1].imshow(reading, aspect="auto", cmap="RdBu_r", norm=_around_one(reading))
+        which = axes[row][1].imshow(reading, aspect="auto", cmap=AROUND_ONE, norm=_around_one(reading))
         labels = [study.words[w] for w in words]
-        axes[row][1].set_xticks(range(len(words)), labels, rotation=60, ha="right", fontsize=7)
+        axes[row][1].set_xticks(range(len(words)), labels, rotation=60, ha="right", fontsize=7, parse_math=False)
         figure.colorbar(when, ax=axes[row][0])
         figure.colorbar(which, ax=axes[row][1])
+    axes[-1][0].set_xlabel("t (0: noise, 1: picture)", fontsize=8)
     axes[0][0].set_title("weight with which the expert takes part at t, over its mean", fontsize=9)
     axes[0][1].set_title("attention to the word of the tokens it takes, over the average token's", fontsize=9)
     return figure
@@ -86,8 +93,10 @@ def overlap(study: Study) -> Figure:
     axes = figure.subplots(rows, columns, squeeze=False)
     norm = _around_one(lift)
     for cell, i in zip(axes.flat, shown, strict=False):
-        last = cell.imshow(lift[i], cmap="RdBu_r", norm=norm)
+        last = cell.imshow(lift[i], cmap=AROUND_ONE, norm=norm)
         cell.set_title(f"layer {study.layers[i]}", fontsize=9)
+        cell.set_xlabel("expert", fontsize=8)
+        cell.set_ylabel("expert", fontsize=8)
     for cell in axes.flat[len(shown) :]:
         cell.set_visible(False)
     figure.colorbar(last, ax=axes, shrink=0.7).set_label("tokens that both took, over chance", fontsize=8)

@@ -3,6 +3,8 @@
 Shapes: `V` times, `N` pictures, `S` tokens of an image.
 """
 
+import textwrap
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import Tensor
 from ecdit.sampling import Samples
 
 COLUMNS = 6  # times shown
+PICTURES = COLUMNS // 2  # each with its mean beside it
 CELL = 1.25  # inches
 
 
@@ -21,15 +24,15 @@ def write_heatmap(samples: Samples, path: Path, sparse_layers: list[int]) -> Non
     `sparse_layers` numbers the MoE layers among the blocks, counted from 1.
     """
     shown = np.linspace(0, len(samples.times) - 1, COLUMNS).round().astype(int)
-    layers, pictures = len(sparse_layers), min(len(samples.images), COLUMNS // 2)
+    layers, pictures = len(sparse_layers), min(len(samples.images), PICTURES)
     figure = Figure(figsize=((COLUMNS + 1) * CELL, (layers + 2.2) * CELL), layout="constrained")
     axes = figure.subplots(layers + 1, COLUMNS, squeeze=False)
     highest = float(samples.experts.float().mean((0, 1)).max()) or 1.0
-    for n in range(COLUMNS // 2):
+    for n in range(PICTURES):
         picture, heat = axes[0][2 * n], axes[0][2 * n + 1]
         if n < pictures:
             picture.imshow(samples.images[n].numpy())
-            picture.set_title(_wrap(samples.prompts[n]), fontsize=7)
+            picture.set_title(_wrap(samples.prompts[n]), fontsize=7, parse_math=False)  # a $ is a dollar
             _overlay(heat, samples.images[n], samples.experts[:, :, n].float().mean((0, 1)), highest)
             heat.set_title("mean experts\nper token", fontsize=7)
     most = int(samples.experts[:, :, 0].max())
@@ -46,8 +49,10 @@ def write_heatmap(samples: Samples, path: Path, sparse_layers: list[int]) -> Non
         cell.set_yticks([])
         cell.spines[:].set_visible(False)
     bar = figure.colorbar(last, ax=axes[1:], shrink=0.6, ticks=range(most + 1))
-    bar.set_label(f"experts that took the token: {samples.prompts[0]}", fontsize=8)
-    figure.savefig(path, dpi=110)
+    bar.set_label("experts that took the token, first picture", fontsize=8)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a script that the font lacks: there is a box for it
+        figure.savefig(path, dpi=110)
 
 
 def _overlay(cell, image: Tensor, counts: Tensor, highest: float):
@@ -60,10 +65,6 @@ def _overlay(cell, image: Tensor, counts: Tensor, highest: float):
     return cell.imshow(counts.view(side, side).numpy(), cmap="inferno", vmin=0, vmax=highest, alpha=0.7, extent=extent)
 
 
-def _wrap(text: str, width: int = 20) -> str:
-    words, lines = text.split(), [""]
-    for word in words:
-        if len(lines[-1]) + len(word) > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)
+def _wrap(text: str) -> str:
+    """In a few lines, as wide as a picture, cut off where it is longer."""
+    return "\n".join(textwrap.wrap(text, 22, max_lines=3, placeholder="…"))

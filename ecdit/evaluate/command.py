@@ -48,6 +48,7 @@ def evaluate(
     """
     join_job()
     from ecdit.evaluate.held import place_of, release
+    from ecdit.evaluate.paper import told
     from ecdit.evaluate.suite import Options
     from ecdit.evaluate.suites import SUITES, as_table, names_of
     from ecdit.evaluate.suites import evaluate as run_suites
@@ -64,5 +65,7 @@ def evaluate(
             release(Run(run), step)
     if as_json and found:
         print(json.dumps(found[names[0]] if len(names) == 1 else found, indent=1))
+    stdout = Console()
     for name, scores in found.items() if not as_json else ():
-        Console().print(as_table(name, scores, SUITES[name].rows(scores)))
+        stdout.print(as_table(name, scores, SUITES[name].rows(scores)))
+        stdout.print(f" {told(name)}\n", soft_wrap=True, highlight=False)

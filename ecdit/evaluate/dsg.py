@@ -59,7 +59,7 @@ class Item:
 
 def read_questions(file: Path) -> list[Item]:
     """The prompts in the file's order. Raises UserError for a file without the columns, or a row that is wrong."""
-    with existing("--questions", file).open(encoding="utf-8", newline="") as lines:
+    with existing("--questions", file).open(encoding="utf-8-sig", newline="") as lines:
         try:
             reader = csv.DictReader(lines)
             rows, columns = list(reader), reader.fieldnames or []

@@ -28,6 +28,7 @@ from ecdit.prompts import Request
 from ecdit.recipe import Recipe
 
 B = 64
+TRIED = 32  # pixels a side of what a network is tried on, before any picture is drawn for it
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 class Inception:
-    """The network whose features are compared. Raises UserError for a file that is no TorchScript module."""
+    """The network whose features are compared. Raises UserError for a file that is no TorchScript module, or another
+    one than is needed."""
 
     def __init__(self, file: Path):
         try:
@@ -59,6 +61,13 @@ class Inception:
         except RuntimeError:
             raise UserError(
                 f"--inception: {file}: no TorchScript module; valid: inception-2015-12-05.pt, as clean-fid downloads it"
+            ) from None
+        try:
+            self.statistics([torch.zeros(2, 3, TRIED, TRIED, dtype=torch.uint8)])
+        except RuntimeError as error:
+            raise UserError(
+                f"--inception: {file}: makes no features of pictures: {str(error).strip().splitlines()[-1]}; valid: "
+                "inception-2015-12-05.pt, as clean-fid downloads it"
             ) from None
 
     @torch.no_grad()

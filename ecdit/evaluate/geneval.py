@@ -1,10 +1,12 @@
 """GenEval (Ghosh et al. 2023): pictures in the folders that its repository's scorer reads, and what it says of them.
 
 IMAGES/00000/metadata.jsonl is line 0 of the repository's prompts/evaluation_metadata.jsonl, IMAGES/00000/samples/ has
-0000.png and on. The scorer needs a GPU, mmdetection 2 and a Mask2Former, in an environment of its own.
+0000.png and on. The scorer needs a GPU, mmdetection 2 and a Mask2Former, in an environment of its own. Its scripts are
+run from their own folder: the one that prints the table looks for a list of names where it is started.
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +21,7 @@ from ecdit.recipe import Recipe
 
 METADATA = "prompts/evaluation_metadata.jsonl"
 JUDGE, SUMMARY = "evaluation/evaluate_images.py", "evaluation/summary_scores.py"
+DETECTOR = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.pth"  # as its download_models.sh names it
 TASK = re.compile(r"^(\w+)\s*= ([\d.]+)% \((\d+) / (\d+)\)$", re.MULTILINE)  # "counting   = 40.00% (128 / 320)"
 OVERALL = re.compile(r"^Overall score.*: ([\d.]+)$", re.MULTILINE)
 
@@ -26,7 +29,11 @@ OVERALL = re.compile(r"^Overall score.*: ([\d.]+)$", re.MULTILINE)
 def read_metadata(file: Path) -> list[dict[str, Any]]:
     """A line of the file for each prompt. Raises UserError where one is not GenEval's."""
     lines = []
-    for number, line in enumerate(existing("--metadata", file).read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = existing("--metadata", file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"--metadata: {file}: is no UTF-8 text; valid: GenEval's {METADATA}") from None
+    for number, line in enumerate(text.splitlines(), start=1):
         try:
             values = json.loads(line)
             valid = {"tag", "include", "prompt"} <= values.keys()
@@ -49,10 +56,11 @@ class GenEvalSuite:
         if self._repository is not None:
             for script in (JUDGE, SUMMARY):
                 existing("--geneval", self._repository / script)
-            existing(
-                "--detector", needed("geneval", "--detector", self._detector, "the Mask2Former's folder"), folder=True
-            )
+            folder = needed("geneval", "--detector", self._detector, "the Mask2Former's folder")
+            existing("--detector", folder / DETECTOR)
             file = file or self._repository / METADATA
+        elif self._detector is not None:
+            raise UserError("--detector: is for GenEval's scorer: needs --geneval, the folder of its repository")
         meaning = f"GenEval's {METADATA}; or --geneval, the folder of its repository"
         self._metadata = read_metadata(needed("geneval", "--metadata", file, meaning))
         self._python = options.geneval_python or sys.executable
@@ -63,7 +71,10 @@ class GenEvalSuite:
         return repeat([line["prompt"] for line in self._metadata], self._n, self._seed)
 
     def load(self) -> None:
-        """The detector is loaded by GenEval's own script."""
+        """The detector is loaded by GenEval's own script; here it shows that it finds the packages and the GPU that it
+        needs."""
+        if self._repository is not None:
+            self._run(JUDGE, "--help")
 
     def judge(self, pictures: list[Path]) -> Judgement:
         """Lays the pictures out, and where the repository is given runs its scripts and reads their table."""
@@ -89,9 +100,12 @@ class GenEvalSuite:
         return images
 
     def _run(self, script: str, *arguments: object) -> str:
-        command = [self._python, str((self._repository / script).resolve()), *map(str, arguments)]
+        file = (self._repository / script).resolve()
+        # a path from here would be another one from there; a link of a virtual environment must not be followed
+        python = os.path.abspath(self._python) if os.sep in self._python else self._python
+        command = [python, str(file), *map(str, arguments)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            done = subprocess.run(command, cwd=file.parent, capture_output=True, text=True, check=True)
         except OSError as error:
             raise UserError(f"--geneval-python: {self._python}: {error.strerror}") from None
         except subprocess.CalledProcessError as error:
@@ -107,7 +121,7 @@ class GenEvalSuite:
         """A task a row and their mean; without the repository, where the pictures are."""
         if "overall" not in scores:
             return [Row("pictures for GenEval's scorer", scores["images"], str(scores["pictures"]))]
-        rows = [Row(name, f"{one['score']:.2%}", str(one["pictures"])) for name, one in scores["tasks"].items()]
+        rows = [Row(name, f"{one['score']:.2%}", str(one["pictures"]), name) for name, one in scores["tasks"].items()]
         return [*rows, Row("overall", f"{scores['overall']:.2%}", str(scores["pictures"]), "overall")]
 
 

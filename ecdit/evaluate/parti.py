@@ -19,7 +19,7 @@ COLUMNS = ("Prompt", "Category", "Challenge")
 
 def read_parti(file: Path) -> list[dict[str, str]]:
     """The rows, once each prompt. Raises UserError for another kind of file."""
-    with existing("--parti", file).open(encoding="utf-8", newline="") as lines:
+    with existing("--parti", file).open(encoding="utf-8-sig", newline="") as lines:
         try:
             reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
             rows = {row["Prompt"]: row for row in reader if row.get("Prompt")}

@@ -1,10 +1,12 @@
 """The suites of `ecdit evaluate`: draws what they ask for, lets them judge, and keeps what traces a score to it."""
 
+import gc
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from ecdit.drawing import draw_all
@@ -13,7 +15,7 @@ from ecdit.evaluate.clip import ClipSuite
 from ecdit.evaluate.dsg import DsgSuite
 from ecdit.evaluate.fid import FidSuite
 from ecdit.evaluate.geneval import GenEvalSuite
-from ecdit.evaluate.paper import FIGURES
+from ecdit.evaluate.paper import figures
 from ecdit.evaluate.parti import PartiSuite
 from ecdit.evaluate.samples import SamplesSuite
 from ecdit.evaluate.shapes import ShapesSuite
@@ -21,6 +23,7 @@ from ecdit.evaluate.suite import Options, Row, Suite
 from ecdit.pictures import digest
 from ecdit.run import Run
 from ecdit.sampling_job import joined, open_sampler, precision_of, sampling_recipe
+from ecdit.whole import whole
 
 SUITES: dict[str, type[Suite]] = {
     "samples": SamplesSuite,
@@ -67,7 +70,9 @@ def evaluate(
             name: draw_all(sampler, str(source), suite.requests(), settings, folder, place, str(run.folder))
             for name, suite in suites.items()
         }
-        del sampler  # the judges need its memory
+        del sampler  # the judges need its memory, one of them in a process of its own
+        gc.collect()
+        torch.cuda.empty_cache()
     if not first:
         return {}
     drawn = {"step": source.step, "checkpoint": str(source), "precision": precision_of(recipe)}
@@ -88,23 +93,21 @@ def _judge(
         for request, path, detail in zip(suite.requests(), pictures, judgement.details, strict=True):
             known = {"prompt": request.prompt, "seed": request.seed, "file": path.name, "xxh64": digest(path)}
             lines.write(json.dumps(known | detail) + "\n")
-    paper = {key: vars(figure) for (suite_name, key), figure in FIGURES.items() if suite_name == name}
+    paper = {key: vars(figure) for key, figure in figures(name).items()}
     scores = judgement.scores | drawn | {"trace": str(trace)} | ({"paper": paper} if paper else {})
-    aside = file.with_suffix(".partial")
-    aside.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
-    aside.replace(file)
+    with whole(file) as aside:
+        aside.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
     return scores
 
 
 def as_table(name: str, scores: dict[str, Any], rows: list[Row]) -> Table:
     """A suite's scores for a terminal, the paper's beside them where it prints any."""
-    paper = {key: figure for (suite, key), figure in FIGURES.items() if suite == name}
+    paper = figures(name)
     table = Table(name, box=None, header_style="bold")
     table.add_column("ours", justify="right")
     table.add_column("pictures", justify="right")
     if paper:
         table.add_column("paper", justify="right")
-        table.caption = "; ".join(f"paper: {figure.model}, {figure.source}" for figure in paper.values())
     for row in rows:
         known = [paper[row.key].value if row.key in paper else ""] if paper else []
         table.add_row(row.name, row.value, row.pictures, *known)

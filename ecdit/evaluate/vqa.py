@@ -16,6 +16,7 @@ from ecdit.evaluate.suite import device, packages, whole
 
 ASKED_AT_ONCE = 8
 TIMEOUT, RETRIES = 120, 5  # seconds, and how often a busy or failing server is asked again
+SECONDS_TO_REACH = 10
 INSTRUCTION = "Answer with yes or no and nothing else."
 
 
@@ -59,16 +60,18 @@ class LocalVqa:
         self._pipeline = load(pipeline, "visual-question-answering", **parts)
 
     def ask(self, pairs: list[tuple[Path, str]]) -> list[str]:
-        """The likeliest answer of each."""
+        """The likeliest answer of each; a question that is too long for the model is cut off."""
         answers = []
         for path, question in pairs:
             with Image.open(path) as picture:
-                answers.append(self._pipeline(picture.convert("RGB"), question, top_k=1)[0]["answer"])
+                found = self._pipeline(picture.convert("RGB"), question, top_k=1, truncation=True)
+                answers.append(found[0]["answer"])
         return answers
 
 
 class Server:
-    """POST URL/chat/completions with the picture as a data URL; the key is the environment's OPENAI_API_KEY."""
+    """POST URL/chat/completions with the picture as a data URL; the key is the environment's OPENAI_API_KEY. Raises
+    UserError where nobody is there, or the key is wrong."""
 
     def __init__(self, url: str, model: str):
         packages("dsg", "requests")
@@ -83,6 +86,13 @@ class Server:
             self._session.mount(scheme, HTTPAdapter(max_retries=again, pool_maxsize=ASKED_AT_ONCE))
         if key := os.environ.get("OPENAI_API_KEY"):
             self._session.headers["Authorization"] = f"Bearer {key}"
+        models = f"{url.rstrip('/')}/models"  # which not every server has: any answer but a refusal will do
+        try:
+            answer = requests.get(models, headers=self._session.headers, timeout=SECONDS_TO_REACH)
+        except self._failed as error:
+            raise UserError(f"--vqa: {url} cannot be reached: {error}") from None
+        if answer.status_code in (401, 403):
+            raise UserError(f"--vqa: {url} answers {answer.status_code}; valid: the server's key in OPENAI_API_KEY")
 
     def ask(self, pairs: list[tuple[Path, str]]) -> list[str]:
         """Several at once. Raises UserError where the server cannot be reached, refuses, or answers something else."""

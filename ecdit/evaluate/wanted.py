@@ -13,7 +13,7 @@ from ecdit.sampling_job import change_for_sampling
 from parallel.topology import Layout, LayoutError
 
 OPTIONS = [field.name for field in fields(Options) if field.name != "folder"]
-NUMBERS = ("n", "seed")
+NUMBERS = {"n": 1, "seed": 0}  # and the least that each may be
 PATHS = {field.name for field in fields(Options) if "Path" in str(field.type)}
 
 
@@ -23,8 +23,9 @@ def check(recipe: Recipe, run: Run) -> None:
     for name in wanted.options:
         if name not in OPTIONS:
             raise UserError(f"evaluation.options: {name!r} is not known; valid: {', '.join(OPTIONS)}")
-        if name in NUMBERS and not isinstance(wanted.options[name], int):
-            raise UserError(f"evaluation.options: {name}: {wanted.options[name]!r} is no whole number")
+        value = wanted.options[name]
+        if name in NUMBERS and (not isinstance(value, int) or value < NUMBERS[name]):
+            raise UserError(f"evaluation.options: {name}: {value!r} is no whole number from {NUMBERS[name]} on")
     values = {name: Path(value) if name in PATHS else value for name, value in wanted.options.items()}
     try:
         drawn = change_for_sampling(recipe, wanted.keys, "evaluation.keys")

@@ -12,6 +12,7 @@ from ecdit.errors import UserError
 from ecdit.export.weights import checkpoint_of, follow_umask, write_shards
 from ecdit.recipe import ModelRecipe, Recipe
 from ecdit.run import Run
+from parallel.checkpoint.folder import Checkpoint
 
 HERE = Path(__file__).parent
 MODEL, PIPELINE = "modeling_ecdit", "pipeline_ecdit"
@@ -35,6 +36,17 @@ def write_pipeline(run: Run, kind: str, dtype: str, folder: Path) -> int:
     saved = checkpoint_of(run)
     aside = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
+    try:
+        _write(saved, recipe, kind, dtype, aside)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+    return saved.step
+
+
+def _write(saved: Checkpoint, recipe: Recipe, kind: str, dtype: str, aside: Path) -> None:
     (aside / "transformer").mkdir(parents=True)
     write_shards(saved, kind, dtype, aside / "transformer", "diffusion_pytorch_model")
     _json(aside / "transformer/config.json", _config(recipe.model))
@@ -44,9 +56,6 @@ def write_pipeline(run: Run, kind: str, dtype: str, folder: Path) -> int:
     (aside / "recipe.yaml").write_text(saved.meta["recipe"], encoding="utf-8")
     for file in filter(Path.is_file, aside.rglob("*")):  # the encoders' libraries wrote some of them
         follow_umask(file)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
-    return saved.step
 
 
 def _config(model: ModelRecipe) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 exported weights; `modeling_ecdit.py` beside them is the network.
 
 A picture is a function of its prompt, its seed and the settings, whatever else is drawn with it: an image's
-conditional and unconditional row form one routing group, its noise comes from a counter-based generator, and a forward
-pass always has `batch` pictures, filled up where there are fewer, so that all are rounded alike.
+conditional and unconditional row form one routing group, its noise comes from a counter-based generator, a forward pass
+always has `batch` pictures, filled up where there are fewer, and the encoders one, so that all are rounded alike.
 
 Shapes: `N` pictures, `B` of them at once, `L` text tokens, `Y` width of the text embedding, `c` latent channels.
 """
@@ -72,7 +72,8 @@ class EcDitPipeline(DiffusionPipeline):
                 for x in self.denoise([prompts[row] for row in part], start, steps, guidance_scale, solver):
                     drawn = x
                     progress.update()
-                found.append((drawn if output_type == "latent" else self.decode(drawn))[: len(prompts) - first])
+                drawn = drawn[: len(prompts) - first]
+                found += [drawn] if output_type == "latent" else [self.decode(one) for one in drawn.split(1)]
         self.maybe_free_model_hooks()
         images = torch.cat(found)
         if output_type != "latent":
@@ -89,7 +90,8 @@ class EcDitPipeline(DiffusionPipeline):
     ) -> Iterator[Tensor]:
         """Latents (B, c, h, w) after each of the steps, from noise x; a step is its two times."""
         guidance, heun = or_else(guidance_scale, self.config.guidance), (solver or self.config.solver) == "heun"
-        text, mask = self.encode([words for caption in prompts for words in (caption, "")], x.device)
+        encoded = [self.encode([caption, ""], x.device) for caption in prompts]
+        text, mask = (torch.cat(parts) for parts in zip(*encoded, strict=True))
 
         def velocity(x: Tensor, t: float) -> Tensor:
             pairs = x.repeat_interleave(2, dim=0)

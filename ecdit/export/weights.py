@@ -5,11 +5,13 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ecdit.dtypes import DTYPES
 from ecdit.errors import UserError
 from ecdit.run import Run
+from ecdit.whole import whole
 from parallel.checkpoint.folder import Checkpoint
 
 KINDS = ("ema", "weights")
@@ -19,17 +21,13 @@ SHARD_BYTES = 5 * 10**9
 def checkpoint_of(run: Run) -> Checkpoint:
     """The newest one that verifies. Raises UserError where there is none, or no run."""
     run.recipe()
-    saved, messages = run.newest_checkpoint()
-    if saved is None:
-        raise UserError("\n".join([*messages, f"{run.checkpoints}: no checkpoint yet; `ecdit train` makes one"]))
-    return saved
+    return run.newest_checkpoint()
 
 
 def write_file(saved: Checkpoint, kind: str, dtype: str, file: Path) -> None:
     """All tensors of one kind, by parameter; the step and the recipe stand in the file."""
-    aside = file.with_name(f"{file.name}.partial")
-    _save(saved, kind, list(saved.shapes(kind)), dtype, aside, _facts(saved))
-    aside.replace(file)
+    with whole(file) as aside:
+        _save(saved, kind, list(saved.shapes(kind)), dtype, aside, _facts(saved))
 
 
 def write_shards(saved: Checkpoint, kind: str, dtype: str, folder: Path, stem: str) -> None:
@@ -60,7 +58,10 @@ def write_shards(saved: Checkpoint, kind: str, dtype: str, folder: Path, stem: s
 
 def _save(saved: Checkpoint, kind: str, names: list[str], dtype: str, file: Path, facts: dict[str, str]) -> None:
     tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in saved.kind(kind, names).items()}
-    save_file(tensors, file, metadata=facts)
+    try:
+        save_file(tensors, file, metadata=facts)
+    except SafetensorError as error:  # of a full disk too
+        raise UserError(f"--out: {file}: cannot be written: {error}") from None
     follow_umask(file)
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ecdit.whole import whole
+
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; margin: 0 auto; max-width: 1100px;
@@ -31,14 +33,13 @@ def write_page(title: str, command: Sequence[str], sections: Sequence[tuple[str,
     links = "".join(f'<a href="#{key}">{name}</a>' for key, name, _ in sections)
     body = "".join(f'<section id="{key}"><h2>{name}</h2>{content}</section>' for key, name, content in sections)
     made = escape(shlex.join(command))
-    aside = out.with_name(f"{out.name}.partial")
-    aside.write_text(
+    page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{STYLE}</style></head><body><h1>{escape(title)}</h1>"
-        f'<p class="note">Made by <code>{made}</code></p><nav>{links}</nav>{body}</body></html>\n',
-        encoding="utf-8",
+        f'<p class="note">Made by <code>{made}</code></p><nav>{links}</nav>{body}</body></html>\n'
     )
-    aside.replace(out)
+    with whole(out) as aside:
+        aside.write_text(page, encoding="utf-8")
 
 
 def table(heads: list[str], rows: Iterable[list[str]], *, html: bool = False, kind: str = "") -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ecdit.evaluate.paper import figures, told
 from ecdit.report import html
 from ecdit.report.curves import Curve, average, equal_loss, window_of
 from ecdit.report.figures import embed, embed_png, fid_against_clip, loss_curves, scores_over_steps, throughput
@@ -14,6 +15,7 @@ from ecdit.report.scores import over_training, suites, table
 # keys that change what a loss means, so that losses under other values are no fair comparison
 LOSS_KEYS = ("data.", "diffusion.", "masking.", "model.side", "model.channels", "model.patch", "model.decoder.")
 ANALYSES = ("allocation", "heterogeneity", "specialisation", "overlap")
+SAME_IN_ALL = ("tasks", "categories", "score", "dsg", "clip_score", "accuracy")
 MOST_PICTURES, MOST_STEPS = 48, 8
 
 
@@ -82,11 +84,22 @@ def _scores(runs: list[RunData]) -> str:
         headings, rows = table(runs, suite)
         if not rows:
             continue
+        paper = figures(suite)
+        cells = [[_label(name), *map(html.number, numbers)] for name, numbers in rows.items()]
+        if paper:
+            headings.append("paper")
+            for row in cells:
+                row.append(paper[row[0]].value if row[0] in paper else "")
         parts.append(f"<h3>{escape(suite)}</h3>")
-        parts.append(
-            html.table([suite, *headings], [[name, *map(html.number, numbers)] for name, numbers in rows.items()])
-        )
+        parts.append(html.table([suite, *headings], cells))
+        parts.append(html.note(told(suite)) if told(suite) else "")
     return "".join(parts) or html.note("No run has scores yet; <code>ecdit evaluate RUN</code> makes them.", html=True)
+
+
+def _label(name: str) -> str:
+    """A number's dotted name without what is the same in all rows of a suite."""
+    telling = [part for part in name.split(".") if part not in SAME_IN_ALL]
+    return " ".join(telling) or name
 
 
 def _over_training(runs: list[RunData]) -> str:
@@ -123,7 +136,7 @@ def _samples(runs: list[RunData]) -> str:
     for prompt in dict.fromkeys(prompt for prompt, _ in shared[:MOST_PICTURES]):
         keys = [key for key in shared[:MOST_PICTURES] if key[0] == prompt]
         rows.append([escape(prompt), *(_strip(run, keys) for run in runs)])
-    unlike = {str(run.pictures[key].settings) for run in runs for key in shared}
+    unlike = {str(run.pictures[key].comparable) for run in runs for key in shared}
     text = (
         html.note("Not all were drawn with the same settings; each picture tells its own.") if len(unlike) > 1 else ""
     )
@@ -145,7 +158,9 @@ def _strip(run: RunData, keys: list[tuple[str, int]]) -> str:
 def _experts(runs: list[RunData]) -> str:
     parts = []
     for run in runs:
-        files = [run.folder / "heatmap.png", *(run.folder / "analysis" / f"{name}.png" for name in ANALYSES)]
+        analyses = [run.folder / "analysis" / f"{name}.png" for name in ANALYSES]
+        # `ecdit analyze` draws what `ecdit sample --heatmap` draws, and more
+        files = analyses if analyses[0].exists() else [run.folder / "heatmap.png", *analyses]
         found = [path for path in files if path.exists()]
         if found:
             parts.append(f"<h3>{escape(run.name)}</h3>")

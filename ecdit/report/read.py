@@ -22,6 +22,8 @@ STEP_IN_NAME = re.compile(r"[-@](?:step-)?(\d+)$")
 # of a score file: what says how it was made, not how good the pictures were
 NO_SCORES = ("settings", "seed", "step", "samples", "updates", "prompts", "pictures", "pictures_a_task", "paper")
 NO_SCORES += ("reference_pictures", "of")
+COUNTS = ("pictures", "prompts", "asked")  # of a task or a category: how many its score is of
+OF_THE_RUN = ("checkpoint", "drawn_on")  # settings of a picture that are never those of another run's
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Picture:
 
     path: Path
     settings: dict[str, str]
+
+    @property
+    def comparable(self) -> dict[str, str]:
+        """The settings that pictures of several runs can have in common."""
+        return {key: value for key, value in self.settings.items() if key not in OF_THE_RUN}
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,10 @@ def _scores(path: Path) -> Scores:
     numbers = {
         key: float(value)
         for key, value in flat({k: v for k, v in found.items() if k not in NO_SCORES}).items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and key.rsplit(".", 1)[-1] not in COUNTS
     }
     return Scores(suite, step if isinstance(step, int) else None, numbers)
 
@@ -118,8 +128,11 @@ def _pictures(folder: Path) -> dict[tuple[str, int], Picture]:
     """Those that say what they show; grids of training do not."""
     found = {}
     for path in sorted(folder.glob("*.png")):
-        with Image.open(path) as image:
-            text = dict(image.text)
+        try:
+            with Image.open(path) as image:  # reads no further than the header
+                text = dict(image.text)
+        except (OSError, SyntaxError):  # what PIL raises for a file that is no picture, or was cut short
+            continue
         if "prompt" in text and text.get("seed", "").isdigit():
             settings = {key: value for key, value in text.items() if key not in ("prompt", "seed", "source")}
             found[text["prompt"], int(text["seed"])] = Picture(path, settings)
@@ -131,8 +144,7 @@ def _drawn(folder: Path) -> dict[str, dict[int, Path]]:
     found: dict[str, dict[int, Path]] = {}
     for trace in folder.glob("step-*/samples.jsonl"):
         step = trace.parent.name.removeprefix("step-")
-        for line in trace.read_text(encoding="utf-8").splitlines():
-            known = json.loads(line)
+        for known in read_metrics(trace):
             picture = trace.parent / "pictures" / known["file"]
             if step.isdigit() and picture.exists():
                 found.setdefault(known["prompt"], {}).setdefault(int(step), picture)

@@ -28,7 +28,8 @@ def table(runs: list[RunData], suite: str) -> tuple[list[str], dict[str, list[fl
 
 
 def fid_and_clip(run: RunData) -> list[tuple[int, float, float]]:
-    """(step, FID, CLIP) of every step at which the run has both, ascending. Scores without a step are of the last."""
+    """(step, FID, CLIP) of every step at which the run has both, ascending. Scores without a step are of the last;
+    other suites' CLIP scores, such as the best of four, are of other pictures."""
     last = int(run.steps[-1])
     fid: dict[int, float] = {}
     clip: dict[int, float] = {}
@@ -36,9 +37,9 @@ def fid_and_clip(run: RunData) -> list[tuple[int, float, float]]:
         step = last if scores.step is None else scores.step
         for name, number in scores.numbers.items():
             word = name.rsplit(".", 1)[-1].lower()
-            if word in FID:
+            if scores.suite == "fid" and word in FID:
                 fid[step] = number
-            elif word in CLIP:
+            elif scores.suite == "clip" and word in CLIP:
                 clip[step] = number
     return [(step, fid[step], clip[step]) for step in sorted(fid.keys() & clip.keys())]
 
