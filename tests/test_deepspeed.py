@@ -24,7 +24,7 @@ from parallel.engine.deepspeed_config import ConfigError, ZeroOptions, check, co
 from parallel.engine.deepspeed_import import has_async_io
 from parallel.topology import Layout
 from tests.command import ecdit
-from tests.layouts import Case, build, train_cases
+from tests.layouts import LR, Case, accumulate, build, global_batch, train_cases, whole_kind
 from tests.ranks import free_port, run_on_ranks, start_ranks
 from tests.test_parallel import COMPILER, assert_parity
 from tests.test_resume import assert_same_run, overrides, run
@@ -116,6 +116,48 @@ def test_in_bf16_it_trains_as_engine_megatron_does(layout, how):
     (expected_losses, _, expected), *found = run_on_ranks(train_cases, 2, cases)[0]
     for case, (losses, _, weights) in zip(cases[1:], found, strict=True):
         assert losses == expected_losses, str(case)
+        for name, weight in expected.items():
+            assert (weights[name] - weight).norm() <= 1e-6 * weight.norm(), f"{case}: {name}"
+
+
+def train_past_a_bad_step(cases):
+    """Losses of four steps, in the second of which one rank's first micro-batch is not finite; weights after them."""
+    found = []
+    for case in cases:
+        place = topology.start(case.layout, 1)
+        _, engine = build(case, place)
+        losses, applied = [], []
+        for step in range(4):
+            batch = global_batch(case.recipe(), step)
+            batch.latents[0] *= torch.inf if step == 1 else 1
+            losses.append(accumulate(case, place, engine, batch))
+            applied.append(bool(engine.update(LR).applied))
+        assert applied == [True, False, True, True], str(case)
+        found.append((losses, whole_kind(engine, "weights")))
+        parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("layout", "precision", "how"),
+    [
+        (Layout(expert=2), torch.bfloat16, [zero(1), zero(2, "cpu")]),
+        *(
+            pytest.param(layout, precision, how, marks=pytest.mark.slow)
+            for layout, precision, how in (
+                (Layout(), torch.bfloat16, [zero(1, "cpu"), zero(2), zero(3), zero(3, "cpu"), zero(3, "cpu", "cpu")]),
+                (Layout(), torch.float32, [zero(0), zero(1), zero(2), zero(3), zero(3, "cpu", "cpu")]),
+                (Layout(expert=2), torch.float32, [zero(0), zero(1, "cpu"), zero(2), zero(2, "cpu")]),
+            )
+        ),
+    ],
+)
+def test_a_step_that_is_not_finite_leaves_nothing_behind(layout, precision, how):
+    cases = [Case(layout, 2, accumulation=2, precision=precision, zero=one) for one in (None, *how)]
+    (expected_losses, expected), *found = run_on_ranks(train_past_a_bad_step, 2, cases)[0]
+    for case, (losses, weights) in zip(cases[1:], found, strict=True):
+        assert losses == pytest.approx(expected_losses, rel=1e-6, nan_ok=True), str(case)
         for name, weight in expected.items():
             assert (weights[name] - weight).norm() <= 1e-6 * weight.norm(), f"{case}: {name}"
 

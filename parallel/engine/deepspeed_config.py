@@ -65,7 +65,9 @@ def config_of(options: ZeroOptions, dtype: torch.dtype, data_ranks: int) -> dict
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "train_batch_size": data_ranks,
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        # the engine decides which step changes nothing; after one that DeepSpeed skips under bf16, offloaded gradients
+        # keep what was not finite in them
+        "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": False},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": zero,
