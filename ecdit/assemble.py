@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from pathlib import Path
 
 from ecdit.dtypes import DTYPES
 from ecdit.errors import UserError
@@ -117,6 +118,7 @@ def assemble_engine(recipe: Recipe, place: Topology) -> Engine:
 def zero_options(recipe: Recipe) -> ZeroOptions:
     """`engine_options` as the engine wants them."""
     options = recipe.engine_options
+    folder = None if options.nvme is None else str(Path(options.nvme) / recipe.run)
     return ZeroOptions(
-        options.zero, options.offload_optimizer, options.offload_weights, options.nvme, options.pinned, options.config
+        options.zero, options.offload_optimizer, options.offload_weights, folder, options.pinned, options.config
     )

@@ -11,16 +11,17 @@ from megatron.core import parallel_state
 
 from ecdit import UserError, load_recipe
 from ecdit.callbacks.metrics import read_metrics
-from ecdit.recipe_engine import TUNABLE
 from ecdit.recipe_io import change_recipe
+from ecdit.recipe_tunable import BUFFERS, TUNABLE
 from launcher.plan import plan
 from launcher.plan.gpus import GPUS
 from launcher.plan.spread import Place
 from launcher.plan.zero import held
 from parallel import topology
 from parallel.checkpoint.folder import committed, newest
+from parallel.checkpoint.lock import FolderLock
 from parallel.checkpoint.store import DELAY
-from parallel.engine.deepspeed_config import ConfigError, ZeroOptions, check, config_of
+from parallel.engine.deepspeed_config import HELD_ON_A_DISK, ConfigError, ZeroOptions
 from parallel.engine.deepspeed_import import has_async_io
 from parallel.topology import Layout
 from tests.command import ecdit
@@ -28,7 +29,7 @@ from tests.layouts import LR, Case, accumulate, build, global_batch, train_cases
 from tests.ranks import free_port, run_on_ranks, start_ranks
 from tests.test_parallel import COMPILER, assert_parity
 from tests.test_resume import assert_same_run, overrides, run
-from tests.test_train import ROOT, complaint
+from tests.test_train import ROOT
 from tests.tiny_runs import make_shapes
 
 pytest.importorskip("deepspeed")
@@ -298,17 +299,38 @@ def test_a_new_run_takes_the_other_engines_states(shapes, tmp_path, optimizer):
 
 
 @pytest.mark.slow  # it compiles what reads and writes the disk
-def test_a_run_whose_optimizer_is_on_a_disk_goes_on_as_any_other(shapes, undisturbed, tmp_path):
+@pytest.mark.parametrize("also", [[], ["engine_options.offload_weights=nvme", "train.precision=bf16"]], ids=str)
+def test_a_run_that_is_on_a_disk_goes_on_as_any_other(shapes, tmp_path, also):
     if not has_async_io():
         pytest.skip("libaio's headers are not here")
-    there = ["engine_options.offload_optimizer=nvme", f"engine_options.nvme={tmp_path / 'disk'}"]
+    there = ["engine_options.offload_optimizer=nvme", f"engine_options.nvme={tmp_path / 'disk'}", *also]
     # parts of a flat that are worth a file have a million bytes
-    wide = ["model.width=256", "train.batch=16", "train.micro_batch=8"]
+    wide = ["model.width=256", "train.batch=16", "train.micro_batch=4", *(key for key in also if "engine" not in key)]
     for runs, hows in ((tmp_path, (deepspeed(3, *there), deepspeed(3, *there), [])), (tmp_path / "memory", ([],) * 3)):
         for leg, how in enumerate(hows, 1):
             keys = keys_of(shapes, f"train.steps={2 * leg}", *wide, *how)
             assert run_on_ranks(run, 2, runs, keys) == [0, 0]
     assert curve(tmp_path) == pytest.approx(curve(tmp_path / "memory"), rel=1e-6)
+    assert bool(list((tmp_path / "disk/quickstart").glob("**/*param*.swp"))) == bool(also)
+
+
+def refused_folders(folder):
+    """Why this rank's engine does not take a folder that another process has, and one that cannot be made."""
+    place = topology.start(Layout(), 1)
+    whys = []
+    for disk in (folder, "/proc/none"):
+        with pytest.raises(ConfigError) as error:
+            build(Case(Layout(), 1, zero=ZeroOptions(3, "nvme", nvme=str(disk))), place)
+        whys.append(str(error.value))
+    return whys
+
+
+def test_no_two_runs_use_one_folder_of_a_disk(tmp_path):
+    lock = FolderLock(tmp_path / "rank-0.lock")
+    taken, impossible = run_on_ranks(refused_folders, 1, tmp_path)[0]
+    lock.release()
+    assert f"nvme: {tmp_path}: process" in taken and "name another run" in taken
+    assert "nvme: /proc/none cannot be written" in impossible
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
@@ -358,32 +380,25 @@ def test_losses_that_stay_non_finite_change_nothing_and_end_the_run(shapes, tmp_
 # --------------------------------------------------------------------------------------------------------- recipes
 
 
-def test_what_a_recipe_may_set_is_what_deepspeed_knows():
+def test_what_a_recipe_may_set_is_what_deepspeed_takes():
+    from deepspeed.runtime.constants import MEMORY_BREAKDOWN, WALL_CLOCK_BREAKDOWN
+    from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from deepspeed.runtime.zero.offload_config import (
-        DeepSpeedZeroOffloadOptimizerConfig,
-        DeepSpeedZeroOffloadParamConfig,
-    )
 
-    keys = TUNABLE["zero_optimization"]
-    known = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
-    assert set(keys) <= known
-    assert set(keys["offload_optimizer"]) <= set(DeepSpeedZeroOffloadOptimizerConfig.model_fields)
-    assert set(keys["offload_param"]) <= set(DeepSpeedZeroOffloadParamConfig.model_fields)
+    def least(known):
+        return {key: least(kind) if isinstance(kind, dict) else kind.least for key, kind in known.items()}
 
-
-def test_a_value_that_deepspeed_refuses_is_named():
-    config = config_of(ZeroOptions(config={"zero_optimization": {"reduce_bucket_size": "big"}}), torch.float32, 1)
-    with pytest.raises(ConfigError, match=r"config.zero_optimization.reduce_bucket_size: 'big' is not valid"):
-        check(config)
+    values = least(TUNABLE)
+    taken = DeepSpeedZeroConfig(**values["zero_optimization"])  # refuses what it does not know
+    assert taken.reduce_bucket_size == 1 and taken.offload_param.max_in_cpu == 0
+    assert set(values["aio"]) < set(get_aio_config({}))
+    assert {MEMORY_BREAKDOWN, WALL_CLOCK_BREAKDOWN} < set(values) and BUFFERS == HELD_ON_A_DISK
 
 
-def test_a_bad_value_is_met_before_the_first_step(shapes, tmp_path):
-    keys = keys_of(shapes, *deepspeed(2, "engine_options.config={zero_optimization: {sub_group_size: -1}}"))
-    done = ecdit("train", ROOT / "recipes/quickstart.yaml", *keys, "--runs", tmp_path)
-    assert "engine_options: config.zero_optimization.sub_group_size: -1 is not valid" in complaint(done)
-
-
+ON_DISK = (
+    "engine=deepspeed", "engine_options.zero=3", "engine_options.offload_weights=nvme", "engine_options.nvme=disk",
+    "train.precision=bf16",
+)  # fmt: skip
 REFUSED = {
     ("engine_options.zero=1",): "engine_options.zero: means nothing to engine: megatron",
     ("engine=deepspeed", "parallel.pipeline=2"): "parallel.pipeline: 2, but engine: deepspeed has no pipeline",
@@ -405,6 +420,24 @@ REFUSED = {
         "you mean reduce_bucket_size?",
     ("engine=deepspeed", "engine_options.config={fp16: {enabled: true}}"): "engine_options.config.fp16: is none of",
     ("engine=deepspeed", "engine_options.config={aio: 5}"): "engine_options.config.aio: 5 is no mapping",
+    ("engine=deepspeed", "engine_options.config={zero_optimization: {sub_group_size: -1}}"):
+        "engine_options.config.zero_optimization.sub_group_size: -1 is not valid: a whole number from 1 on",
+    ("engine=deepspeed", "engine_options.config={zero_optimization: {allgather_bucket_size: 5}}"):
+        "engine_options.config.zero_optimization.allgather_bucket_size: 5 is not valid: a whole number from 2 on, a "
+        "multiple of 2",
+    ("engine=deepspeed", "engine_options.config={wall_clock_breakdown: maybe}"):
+        "engine_options.config.wall_clock_breakdown: 'maybe' is not valid: true or false",
+    ("engine=deepspeed", "engine_options.config={aio: {queue_depth: 8}}"):
+        "engine_options.config.aio: means nothing where nothing is offloaded to nvme",
+    ("engine=deepspeed", "engine_options.offload_optimizer=cpu",
+     "engine_options.config={zero_optimization: {offload_optimizer: {buffer_count: 8}}}"):
+        "engine_options.config.zero_optimization.offload_optimizer: means nothing without "
+        "engine_options.offload_optimizer: nvme",
+    ("engine=deepspeed", "engine_options.nvme=disk"): "engine_options.nvme: disk means nothing where nothing is",
+    (*ON_DISK, "engine_options.config={zero_optimization: {stage3_prefetch_bucket_size: 100}}"):
+        "engine_options.config.zero_optimization.stage3_prefetch_bucket_size: DeepSpeed cannot look ahead",
+    (*ON_DISK, "engine_options.config={zero_optimization: {offload_param: {buffer_count: 1}}}"):
+        "engine_options.config.zero_optimization.offload_param.buffer_count: 1 is not valid: a whole number from 5 on",
 }  # fmt: skip
 
 
