@@ -23,7 +23,7 @@ def whole(least: int, multiple: int = 1) -> Kind:
 
 SWITCH = Kind("true or false", False, lambda value: isinstance(value, bool))
 ON_A_DISK = {"offload_optimizer": "offload_optimizer", "offload_weights": "offload_param"}  # our key, DeepSpeed's
-BUFFERS = 5  # in memory, for what comes from a disk: a weight has master, gradient, two states and average there
+LEAST_BUFFERS = 5  # in memory, for what comes from a disk: a weight has master, gradient, two states and average there
 PREFETCH = "stage3_prefetch_bucket_size"
 TUNABLE: dict[str, Any] = {
     "zero_optimization": {
@@ -38,8 +38,8 @@ TUNABLE: dict[str, Any] = {
         "stage3_max_live_parameters": whole(0),
         "stage3_max_reuse_distance": whole(0),
         # of a disk
-        "offload_optimizer": {"buffer_count": whole(BUFFERS), "fast_init": SWITCH},
-        "offload_param": {"buffer_count": whole(BUFFERS), "max_in_cpu": whole(0)},
+        "offload_optimizer": {"buffer_count": whole(LEAST_BUFFERS), "fast_init": SWITCH},
+        "offload_param": {"buffer_count": whole(LEAST_BUFFERS), "max_in_cpu": whole(0)},
     },
     "aio": {
         "block_size": whole(1),

@@ -12,16 +12,18 @@ from megatron.core import parallel_state
 from ecdit import UserError, load_recipe
 from ecdit.callbacks.metrics import read_metrics
 from ecdit.recipe_io import change_recipe
-from ecdit.recipe_tunable import BUFFERS, TUNABLE
+from ecdit.recipe_tunable import LEAST_BUFFERS, TUNABLE
 from launcher.plan import plan
 from launcher.plan.gpus import GPUS
 from launcher.plan.spread import Place
-from launcher.plan.zero import held
+from launcher.plan.weights import parameters
+from launcher.plan.zero import buckets, held
 from parallel import topology
 from parallel.checkpoint.folder import committed, newest
 from parallel.checkpoint.lock import FolderLock
 from parallel.checkpoint.store import DELAY
-from parallel.engine.deepspeed_config import HELD_ON_A_DISK, ConfigError, ZeroOptions
+from parallel.engine import deepspeed_config
+from parallel.engine.deepspeed_config import ConfigError, ZeroOptions
 from parallel.engine.deepspeed_import import has_async_io
 from parallel.topology import Layout
 from tests.command import ecdit
@@ -198,6 +200,27 @@ def test_the_plan_knows_what_a_rank_holds():
         assert parts.disk == {} and {kind: (parts.gpu | parts.host)[kind] for kind in expected} == expected, str(case)
         assert ("EMA" in parts.host) == (options.offload_optimizer == "cpu")
         assert ("weights" in parts.host) == (options.offload_weights == "cpu")
+
+
+def test_the_plan_heeds_a_disk_and_what_is_tuned():
+    """A disk needs host memory too: five buffers for what is updated at once, five for the largest weight."""
+
+    def parts(*keys):
+        keys = ["engine_options.zero=3", "engine_options.nvme=x", "engine_options.offload_optimizer=nvme", *keys]
+        recipe = load_recipe(ROOT / "recipes/xl_8e_1gpu.yaml", keys)
+        return recipe, held(recipe, Place(Layout(), 1), 2)
+
+    largest = 8 * 1152 * 4608  # of the experts
+    small = {"zero_optimization": {"sub_group_size": 1, "reduce_bucket_size": 1000}}
+    _, optimizer = parts()
+    tuned, of_each = parts(f"engine_options.config={small}")
+    _, both = parts("engine_options.offload_weights=nvme", f"engine_options.config={small}")
+    assert optimizer.host["buffers for the disk"] == 5 * 4 * (100_000_000 + largest)
+    assert of_each.host["buffers for the disk"] == 5 * 4 * (1 + largest)
+    assert both.host["buffers for the disk"] == 5 * 4 * (1 + largest) + 5 * 2 * largest
+    assert "weights" in both.disk and "master weights" in both.disk and "EMA" in of_each.disk
+    gathered = 2 * sum(weight.numel for weight in parameters(tuned.model, Place(Layout(), 1)))
+    assert buckets(tuned, Place(Layout(), 1), 2) == 4 * 2 * 1000 + gathered
 
 
 def test_the_largest_model_for_one_card_is_planned_to_fit():
@@ -392,7 +415,7 @@ def test_what_a_recipe_may_set_is_what_deepspeed_takes():
     taken = DeepSpeedZeroConfig(**values["zero_optimization"])  # refuses what it does not know
     assert taken.reduce_bucket_size == 1 and taken.offload_param.max_in_cpu == 0
     assert set(values["aio"]) < set(get_aio_config({}))
-    assert {MEMORY_BREAKDOWN, WALL_CLOCK_BREAKDOWN} < set(values) and BUFFERS == HELD_ON_A_DISK
+    assert {MEMORY_BREAKDOWN, WALL_CLOCK_BREAKDOWN} < set(values) and LEAST_BUFFERS == deepspeed_config.BUFFERS
 
 
 ON_DISK = (

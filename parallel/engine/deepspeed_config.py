@@ -7,7 +7,7 @@ import torch
 
 BUCKET = 50_000_000  # elements of gradients that are reduced at once; DeepSpeed's default needs ten times the memory
 SUB_GROUP = 100_000_000  # elements of weights that stage 3 updates at once
-HELD_ON_A_DISK = 5  # tensors of each of these: master, gradient, both states, average
+BUFFERS = 5  # of host memory for what comes from a disk: for master, gradient, both states, average at once
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ def config_of(options: ZeroOptions, dtype: torch.dtype, data_ranks: int, largest
             zero[key] = {"device": place, "pin_memory": options.pinned and torch.cuda.is_available()}
             zero[key] |= {"nvme_path": options.nvme} if place == "nvme" else {}
     if options.offload_optimizer == "nvme":
-        zero["offload_optimizer"]["buffer_count"] = HELD_ON_A_DISK
+        zero["offload_optimizer"]["buffer_count"] = BUFFERS
     if options.offload_weights == "nvme":
         # what comes from the disk has room for any weight; without the rest a part of the weights would stay in memory,
         # and DeepSpeed, looking ahead, would read a weight twice that forward and backward pass both wait for
-        zero["offload_param"] |= {"buffer_size": -(-largest // data_ranks), "max_in_cpu": 0}
+        zero["offload_param"] |= {"buffer_count": BUFFERS, "buffer_size": -(-largest // data_ranks), "max_in_cpu": 0}
         zero["stage3_prefetch_bucket_size"] = 0
     made = {
         # the training loop counts micro-batches, and says which is a step's last
