@@ -9,6 +9,7 @@ from ecdit.errors import UserError
 from ecdit.model.dit import EcDit
 from ecdit.recipe import Recipe
 from parallel import topology
+from parallel.apex import told_of_norm
 from parallel.engine import Engine, UpdateSettings
 from parallel.engine.deepspeed_config import ConfigError, ZeroOptions
 from parallel.engine.deepspeed_import import has_async_io
@@ -110,7 +111,7 @@ def assemble_engine(recipe: Recipe, place: Topology) -> Engine:
         except ConfigError as error:
             raise UserError(f"engine_options: {error}") from None
     if place.first:
-        for message in engine.told:
+        for message in [*engine.told, *told_of_norm(place.device)]:
             print(message, file=sys.stderr)
     return engine
 

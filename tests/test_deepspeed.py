@@ -319,6 +319,12 @@ def test_a_new_run_takes_the_other_engines_states(shapes, tmp_path, optimizer):
     # an update leaves 95 parts in 100 of a square, and adds some
     kept = all((squares[name] >= 0.94 * old[name]).all() for name in old)
     assert kept == (optimizer == "rmsprop_momentum")
+    back = tmp_path / "back"
+    start[0] = f"init_from={after / 'quickstart'}"
+    assert run_on_ranks(run, 1, back, keys_of(shapes, *start)) == [0]
+    again = newest(back / "quickstart/checkpoints")[0]
+    assert again.meta["updates"] == saved.meta["updates"] + 1
+    assert all((square >= 0.94 * squares[name]).all() for name, square in again.kind("square").items())
 
 
 @pytest.mark.slow  # it compiles what reads and writes the disk
