@@ -9,7 +9,7 @@ import torch
 import torch.multiprocessing as mp
 from megatron.core import parallel_state
 
-from ecdit import UserError, load_recipe
+from ecdit import UserError, assemble, load_recipe
 from ecdit.callbacks.metrics import read_metrics
 from ecdit.recipe_io import change_recipe
 from ecdit.recipe_tunable import LEAST_BUFFERS, TUNABLE
@@ -475,3 +475,16 @@ def test_what_deepspeed_cannot_do_is_refused_when_the_recipe_is_read(keys):
     with pytest.raises(UserError) as error:
         load_recipe(ROOT / "recipes/quickstart.yaml", keys)
     assert REFUSED[keys] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("missing", "keys", "told"),
+    [
+        ("has_deepspeed", (), "engine: deepspeed needs DeepSpeed; install the extra `ecdit\\[deepspeed\\]`"),
+        ("has_async_io", ON_DISK[1:], "engine_options.offload_weights: nvme needs DeepSpeed's asynchronous I/O"),
+    ],
+)
+def test_what_is_not_installed_is_refused_before_the_first_step(monkeypatch, missing, keys, told):
+    monkeypatch.setattr(assemble, missing, lambda: False)
+    with pytest.raises(UserError, match=told):
+        assemble.check_deepspeed(load_recipe(ROOT / "recipes/quickstart.yaml", ["engine=deepspeed", *keys]))
