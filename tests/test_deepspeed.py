@@ -362,24 +362,33 @@ def test_no_two_runs_use_one_folder_of_a_disk(tmp_path):
     assert "nvme: /proc/none cannot be written" in impossible
 
 
+def wait_for_step(checkpoints, step):
+    """Until there is a checkpoint of it or a later one."""
+    end = time.monotonic() + 120
+    while not committed(checkpoints) or int(committed(checkpoints)[-1].name.removeprefix("step-")) < step:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_kill_9_at_any_moment_loses_nothing(shapes, tmp_path, kills, monkeypatch):
     chance = random.Random(1)
     how = deepspeed(2, "parallel.expert=2", "engine_options.offload_optimizer=cpu")
-    steps = 8 * kills
-    keys = keys_of(shapes, f"train.steps={steps}", "checkpoint.every=2", *how)
+    keys = keys_of(shapes, f"train.steps={8 * kills + 40}", "checkpoint.every=2", *how)
     checkpoints = tmp_path / "quickstart/checkpoints"
-    for _ in range(kills):
+    answers = mp.get_context("forkserver").SimpleQueue()  # kept: the ranks do not start without it
+    for number in range(kills):
         monkeypatch.setenv(DELAY, str(chance.choice([0.0, 0.1, 0.4])))
-        ranks = start_ranks(run, 2, free_port(), mp.get_context("forkserver").SimpleQueue(), (tmp_path, keys))
-        time.sleep(chance.uniform(3, 6))
+        ranks = start_ranks(run, 2, free_port(), answers, (tmp_path, keys))
+        if number % 3 < 2:  # while it trains and saves; else while it starts
+            wait_for_step(checkpoints, 8 * number + 2)
+        time.sleep(chance.uniform(0, 0.5 if number % 3 < 2 else 4))
+        assert all(process.is_alive() for process in ranks)
         for process in ranks:
             process.kill()
         for process in ranks:
             process.join()
         assert newest(checkpoints)[1] == []
-        if committed(checkpoints) and committed(checkpoints)[-1].name == f"step-{steps}":
-            break
     monkeypatch.delenv(DELAY)
     assert run_on_ranks(run, 2, tmp_path, keys) == [0, 0]
     assert not list(checkpoints.glob("*.partial")) and not list(checkpoints.glob("*.broken"))
