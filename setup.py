@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-DEEPSPEED = ["deepspeed>=0.19"]
+DEEPSPEED = ["deepspeed>=0.19.8,<0.20"]
 SERVE = ["gradio>=6"]
 ENCODERS = ["transformers>=4.50", "diffusers>=0.35", "sentencepiece"]
 

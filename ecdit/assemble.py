@@ -2,12 +2,14 @@
 
 import importlib.util
 import sys
+from pathlib import Path
 
 from ecdit.dtypes import DTYPES
 from ecdit.errors import UserError
 from ecdit.model.dit import EcDit
 from ecdit.recipe import Recipe
 from parallel import topology
+from parallel.apex import told_of_norm
 from parallel.engine import Engine, UpdateSettings
 from parallel.engine.deepspeed_config import ConfigError, ZeroOptions
 from parallel.engine.deepspeed_import import has_async_io
@@ -115,7 +117,7 @@ def assemble_engine(recipe: Recipe, place: Topology) -> Engine:
         except ConfigError as error:
             raise UserError(f"engine_options: {error}") from None
     if place.first:
-        for message in engine.told:
+        for message in [*engine.told, *told_of_norm(place.device)]:
             print(message, file=sys.stderr)
     return engine
 
@@ -123,6 +125,7 @@ def assemble_engine(recipe: Recipe, place: Topology) -> Engine:
 def zero_options(recipe: Recipe) -> ZeroOptions:
     """`engine_options` as the engine wants them."""
     options = recipe.engine_options
+    folder = None if options.nvme is None else str(Path(options.nvme) / recipe.run)
     return ZeroOptions(
-        options.zero, options.offload_optimizer, options.offload_weights, options.nvme, options.pinned, options.config
+        options.zero, options.offload_optimizer, options.offload_weights, folder, options.pinned, options.config
     )

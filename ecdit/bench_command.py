@@ -12,10 +12,11 @@ from ecdit.errors import UserError
 from ecdit.terminal import Overrides, join_job
 
 WIDTH_OF_FILES = 220
+NAMES = "moe, block, step, dispatch, sample, kernels, checkpoint, plan, engines, data"
 
 
 def bench(
-    name: Annotated[str, typer.Argument(help="moe, block, step, dispatch, sample, kernels, checkpoint, plan or data.")],
+    name: Annotated[str, typer.Argument(help=f"One of {NAMES}.")],
     recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="What `step` trains.")] = None,
     overrides: Overrides = None,
     seconds: Annotated[float | None, typer.Option(min=0.1, help="Of timing, building and warming up besides.")] = None,

@@ -1,39 +1,16 @@
 """The engine of a recipe: `engine_options`, and what an engine cannot do."""
 
-import difflib
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from ecdit.recipe_section import Section
+from ecdit.recipe_tunable import tunable_fits
 
 if TYPE_CHECKING:
     from ecdit.recipe import Recipe
 
 Place = Literal["none", "cpu", "nvme"]
-
-# DeepSpeed's keys that a recipe may set: how fast it is and what it keeps in memory, never what it computes
-TUNABLE: dict[str, Any] = {
-    "zero_optimization": {
-        "reduce_bucket_size": None,
-        "allgather_bucket_size": None,
-        "overlap_comm": None,
-        "use_multi_rank_bucket_allreduce": None,
-        "sub_group_size": None,
-        "memory_efficient_linear": None,
-        "stage3_prefetch_bucket_size": None,
-        "stage3_param_persistence_threshold": None,
-        "stage3_model_persistence_threshold": None,
-        "stage3_max_live_parameters": None,
-        "stage3_max_reuse_distance": None,
-        "offload_optimizer": dict.fromkeys(("buffer_count", "fast_init", "pipeline_read", "pipeline_write")),
-        "offload_param": dict.fromkeys(("buffer_count", "buffer_size", "max_in_cpu")),
-    },
-    "aio": dict.fromkeys(("block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events")),
-    "comms_logger": dict.fromkeys(("enabled", "verbose", "prof_all", "debug", "prof_ops")),
-    "wall_clock_breakdown": None,
-    "memory_breakdown": None,
-}
 
 
 class EngineOptions(Section):
@@ -48,7 +25,7 @@ class EngineOptions(Section):
     offload_weights: Place = Field(
         "none", description="Where the weights are while no layer computes with them; zero 3."
     )
-    nvme: str | None = Field(None, description="Folder on a fast disk for what is offloaded to nvme.")
+    nvme: str | None = Field(None, description="Folder on a fast disk for what is offloaded to nvme, in NAME/ there.")
     pinned: bool = Field(True, description="Pin the host memory of what is offloaded: faster, and never swapped out.")
     config: dict[str, Any] = Field({}, description="Further keys of DeepSpeed's JSON that change its speed or memory.")
 
@@ -64,7 +41,7 @@ def engine_fits(recipe: "Recipe") -> None:
     for key, value, good, why in (
         ("parallel.pipeline", recipe.parallel.pipeline, 1, "has no pipeline for this model's stages"),
         ("train.graph", recipe.train.graph, False, "asks the host in every step"),
-        ("train.linears", recipe.train.linears, "torch", "was not tried with others"),
+        ("train.linears", recipe.train.linears, "torch", "works with torch's alone"),
         ("precision.fp8", recipe.precision.fp8, "none", "does not keep scales of FP8"),
     ):
         if value != good:
@@ -79,7 +56,10 @@ def engine_fits(recipe: "Recipe") -> None:
             "@engine_options.offload_weights: nvme keeps weights in bf16, whatever they are; try cpu, or "
             "train.precision: bf16"
         )
-    _known(options.config, TUNABLE, "engine_options.config")
+    on_disk = {key for key in ("offload_optimizer", "offload_weights") if getattr(options, key) == "nvme"}
+    if options.nvme is not None and not on_disk:
+        raise ValueError(f"@engine_options.nvme: {options.nvme} means nothing where nothing is offloaded to nvme")
+    tunable_fits(options.config, on_disk)
 
 
 def _stage_fits(recipe: "Recipe") -> None:
@@ -114,18 +94,6 @@ def _offload_fits(options: EngineOptions) -> None:
             )
         if value == "nvme" and options.nvme is None:
             raise ValueError(f"@engine_options.nvme: this folder is needed for {key}: nvme")
-
-
-def _known(values: dict[str, Any], known: dict[str, Any], place: str) -> None:
-    for key, value in values.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"valid here: {', '.join(known)}"
-            raise ValueError(f"@{place}.{key}: is none of DeepSpeed's keys that a recipe may set; {hint}")
-        if isinstance(known[key], dict):
-            if not isinstance(value, dict):
-                raise ValueError(f"@{place}.{key}: {value!r} is no mapping; valid keys: {', '.join(known[key])}")
-            _known(value, known[key], f"{place}.{key}")
 
 
 def _yaml(value: object) -> str:

@@ -15,7 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel import kernels
 from parallel.installed import apex_kind
+
+LAYER_NORM = "fused_layer_norm_cuda"
 
 
 @cache
@@ -32,11 +35,18 @@ def weight_gradients() -> ModuleType | None:
 
 def layer_norm(x: Tensor, eps: float) -> Tensor:
     """LayerNorm over the last dimension, without affine."""
-    if x.is_cuda and _extension("fused_layer_norm_cuda"):
+    if x.is_cuda and _extension(LAYER_NORM):
         from apex.normalization.fused_layer_norm import fused_layer_norm
 
         return fused_layer_norm(x, x.shape[-1:], eps)
     return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+def told_of_norm(device: torch.device) -> list[str]:
+    """That LayerNorm is apex's, where it is: Triton's AdaLN, where that is there, does without."""
+    if not _extension(LAYER_NORM) or kernels.use_triton(torch.empty(0, device=device)):
+        return []
+    return ["NVIDIA's apex is here: LayerNorm is its fused one."]
 
 
 def accumulate_in_products(model: nn.Module) -> str | None:

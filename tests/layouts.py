@@ -149,26 +149,28 @@ def whole_kind(engine: Engine, kind: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in whole(of_kind).items()}
 
 
-def train_case(case: Case) -> tuple[list[float], dict, dict]:
-    """Losses of three steps, gradients of each step, and weights after them; on every rank of a running job."""
-    recipe, micro_batch = case.recipe(), case.micro_batch
-    place = topology.start(case.layout, 1)
-    model, engine = build(case, place)
+def accumulate(case: Case, place: topology.Topology, engine: Engine, batch: MicroBatch) -> float:
+    """Has the engine take this rank's part of a step's batch; the loss."""
+    recipe, size = case.recipe(), case.micro_batch
     images = case.batch // place.data_ranks
-    losses, gradients = [], []
+    first = place.data_rank * images
 
     def loss(ddp, micro, hidden):
         per_image, extra, out = objective(ddp, micro, recipe, hidden)
         return to_differentiate(per_image, extra, out, len(micro.latents), images)
 
+    micros = [slice_of(batch, slice(i, i + size), place.device) for i in range(first, first + images, size)]
+    tokens = recipe.model.tokens if micros[0].draws.keep is None else micros[0].draws.keep.shape[1]
+    return engine.accumulate(micros, len(micros), loss, engine.model.hidden_shape(size, tokens)).item()
+
+
+def train_case(case: Case) -> tuple[list[float], dict, dict]:
+    """Losses of three steps, gradients of each step, and weights after them; on every rank of a running job."""
+    place = topology.start(case.layout, 1)
+    _, engine = build(case, place)
+    losses, gradients = [], []
     for step in range(STEPS):
-        batch, first = global_batch(recipe, step), place.data_rank * images
-        micros = [
-            slice_of(batch, slice(i, i + micro_batch), place.device) for i in range(first, first + images, micro_batch)
-        ]
-        tokens = recipe.model.tokens if micros[0].draws.keep is None else micros[0].draws.keep.shape[1]
-        total = engine.accumulate(micros, len(micros), loss, model.hidden_shape(micro_batch, tokens))
-        losses.append(total.item())
+        losses.append(accumulate(case, place, engine, global_batch(case.recipe(), step)))
         gradients.append(whole(engine.gradients()))
         engine.update(LR)
     weights = whole_kind(engine, "weights")

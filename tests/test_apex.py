@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ecdit import EcDit
 from ecdit.recipe import ModelRecipe
-from parallel import apex, topology
+from parallel import apex, kernels, topology
 from parallel.engine.megatron import MegatronEngine
 from parallel.topology import Layout
 from tests.layouts import whole, whole_kind
@@ -69,6 +69,13 @@ def test_its_products_are_torchs(dtype):
 def test_its_norm_is_torchs():
     x = torch.randn(8, 64, 1152, device="cuda", dtype=torch.bfloat16)
     torch.testing.assert_close(apex.layer_norm(x, 1e-6), F.layer_norm(x, x.shape[-1:], eps=1e-6), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(("here", "triton", "told"), [(True, False, 1), (True, True, 0), (False, False, 0)])
+def test_its_norm_is_told_of_where_it_is_used(monkeypatch, here, triton, told):
+    monkeypatch.setattr(apex, "_extension", lambda name: here)
+    monkeypatch.setattr(kernels, "use_triton", lambda tensor: triton)
+    assert len(apex.told_of_norm(torch.device("cpu"))) == told
 
 
 def test_the_unrelated_package_is_left_alone(tmp_path, monkeypatch):

@@ -13,17 +13,34 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import as_table, block, budget, checkpoint, data, dispatch, kernels, moe, plan, report, sample, step
+from benchmarks import (
+    BENCHMARKS,
+    as_table,
+    block,
+    budget,
+    checkpoint,
+    data,
+    dispatch,
+    engines,
+    kernels,
+    moe,
+    plan,
+    report,
+    sample,
+    step,
+)
 from benchmarks.budget import Asked, Variant
 from benchmarks.harness import Row
 from benchmarks.peers import PlainBlock
 from ecdit import reference
+from ecdit.bench_command import NAMES
 from ecdit.cli import app
 from parallel import topology
 from parallel.spread import Spread
 from tests.command import ecdit
 from tests.ranks import run_on_ranks
 
+ENDS = ("megatron", "ZeRO-3, all on the host")
 KEYS = {field.name for field in fields(Row)}
 
 
@@ -223,6 +240,24 @@ def test_the_kernels_benchmark_runs(monkeypatch, capsys):
     assert all(row.milliseconds > 0 for row in found)
     assert all(row.against == row.name.replace("twin", "floor") for row in found if row.name.endswith("twin"))
     assert "AdaLN, D 128, forward: spread" in capsys.readouterr().err
+
+
+def test_an_engine_that_fails_has_a_row_that_says_why(monkeypatch):
+    def measure(recipe):
+        if recipe.engine_options.offload_weights == "cpu":
+            raise RuntimeError("out of memory\nsomewhere")
+        return 0.5 if recipe.engine == "megatron" else 0.75, 2 << 30, 3 << 30
+
+    monkeypatch.setattr(engines, "measure", measure)
+    monkeypatch.setattr(engines, "ENGINES", {name: engines.ENGINES[name] for name in (*ENDS, "ZeRO-2")})
+    megatron, failed, other = engines.rows()
+    assert (megatron.milliseconds, megatron.about["GiB"], megatron.about["GiB that the allocator held"]) == (500, 2, 3)
+    assert failed.failed == "RuntimeError: out of memory" and failed.milliseconds is None
+    assert (other.against, other.ratio) == ("megatron", 1.5) and other.about["ms planned"] > 0
+
+
+def test_the_command_names_every_benchmark():
+    assert NAMES.split(", ") == list(BENCHMARKS)
 
 
 @pytest.mark.slow

@@ -9,26 +9,29 @@ import torch
 import torch.multiprocessing as mp
 from megatron.core import parallel_state
 
-from ecdit import UserError, load_recipe
+from ecdit import UserError, assemble, load_recipe
 from ecdit.callbacks.metrics import read_metrics
-from ecdit.recipe_engine import TUNABLE
 from ecdit.recipe_io import change_recipe
+from ecdit.recipe_tunable import LEAST_BUFFERS, TUNABLE
 from launcher.plan import plan
 from launcher.plan.gpus import GPUS
 from launcher.plan.spread import Place
-from launcher.plan.zero import held
+from launcher.plan.weights import parameters
+from launcher.plan.zero import buckets, held
 from parallel import topology
 from parallel.checkpoint.folder import committed, newest
+from parallel.checkpoint.lock import FolderLock
 from parallel.checkpoint.store import DELAY
-from parallel.engine.deepspeed_config import ConfigError, ZeroOptions, check, config_of
+from parallel.engine import deepspeed_config
+from parallel.engine.deepspeed_config import ConfigError, ZeroOptions
 from parallel.engine.deepspeed_import import has_async_io
 from parallel.topology import Layout
 from tests.command import ecdit
-from tests.layouts import Case, build, train_cases
+from tests.layouts import LR, Case, accumulate, build, global_batch, train_cases, whole_kind
 from tests.ranks import free_port, run_on_ranks, start_ranks
 from tests.test_parallel import COMPILER, assert_parity
 from tests.test_resume import assert_same_run, overrides, run
-from tests.test_train import ROOT, complaint
+from tests.test_train import ROOT
 from tests.tiny_runs import make_shapes
 
 pytest.importorskip("deepspeed")
@@ -120,6 +123,48 @@ def test_in_bf16_it_trains_as_engine_megatron_does(layout, how):
             assert (weights[name] - weight).norm() <= 1e-6 * weight.norm(), f"{case}: {name}"
 
 
+def train_past_a_bad_step(cases):
+    """Losses of four steps, in the second of which one rank's first micro-batch is not finite; weights after them."""
+    found = []
+    for case in cases:
+        place = topology.start(case.layout, 1)
+        _, engine = build(case, place)
+        losses, applied = [], []
+        for step in range(4):
+            batch = global_batch(case.recipe(), step)
+            batch.latents[0] *= torch.inf if step == 1 else 1
+            losses.append(accumulate(case, place, engine, batch))
+            applied.append(bool(engine.update(LR).applied))
+        assert applied == [True, False, True, True], str(case)
+        found.append((losses, whole_kind(engine, "weights")))
+        parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("layout", "precision", "how"),
+    [
+        (Layout(expert=2), torch.bfloat16, [zero(1), zero(2, "cpu")]),
+        *(
+            pytest.param(layout, precision, how, marks=pytest.mark.slow)
+            for layout, precision, how in (
+                (Layout(), torch.bfloat16, [zero(1, "cpu"), zero(2), zero(3), zero(3, "cpu"), zero(3, "cpu", "cpu")]),
+                (Layout(), torch.float32, [zero(0), zero(1), zero(2), zero(3), zero(3, "cpu", "cpu")]),
+                (Layout(expert=2), torch.float32, [zero(0), zero(1, "cpu"), zero(2), zero(2, "cpu")]),
+            )
+        ),
+    ],
+)
+def test_a_step_that_is_not_finite_leaves_nothing_behind(layout, precision, how):
+    cases = [Case(layout, 2, accumulation=2, precision=precision, zero=one) for one in (None, *how)]
+    (expected_losses, expected), *found = run_on_ranks(train_past_a_bad_step, 2, cases)[0]
+    for case, (losses, weights) in zip(cases[1:], found, strict=True):
+        assert losses == pytest.approx(expected_losses, rel=1e-6, nan_ok=True), str(case)
+        for name, weight in expected.items():
+            assert (weights[name] - weight).norm() <= 1e-6 * weight.norm(), f"{case}: {name}"
+
+
 def hold(cases):
     """Bytes that this rank holds of each kind, for each case."""
     found = []
@@ -155,6 +200,27 @@ def test_the_plan_knows_what_a_rank_holds():
         assert parts.disk == {} and {kind: (parts.gpu | parts.host)[kind] for kind in expected} == expected, str(case)
         assert ("EMA" in parts.host) == (options.offload_optimizer == "cpu")
         assert ("weights" in parts.host) == (options.offload_weights == "cpu")
+
+
+def test_the_plan_heeds_a_disk_and_what_is_tuned():
+    """A disk needs host memory too: five buffers for what is updated at once, five for the largest weight."""
+
+    def parts(*keys):
+        keys = ["engine_options.zero=3", "engine_options.nvme=x", "engine_options.offload_optimizer=nvme", *keys]
+        recipe = load_recipe(ROOT / "recipes/xl_8e_1gpu.yaml", keys)
+        return recipe, held(recipe, Place(Layout(), 1), 2)
+
+    largest = 8 * 1152 * 4608  # of the experts
+    small = {"zero_optimization": {"sub_group_size": 1, "reduce_bucket_size": 1000}}
+    _, optimizer = parts()
+    tuned, of_each = parts(f"engine_options.config={small}")
+    _, both = parts("engine_options.offload_weights=nvme", f"engine_options.config={small}")
+    assert optimizer.host["buffers for the disk"] == 5 * 4 * (100_000_000 + largest)
+    assert of_each.host["buffers for the disk"] == 5 * 4 * (1 + largest)
+    assert both.host["buffers for the disk"] == 5 * 4 * (1 + largest) + 5 * 2 * largest
+    assert "weights" in both.disk and "master weights" in both.disk and "EMA" in of_each.disk
+    gathered = 2 * sum(weight.numel for weight in parameters(tuned.model, Place(Layout(), 1)))
+    assert buckets(tuned, Place(Layout(), 1), 2) == 4 * 2 * 1000 + gathered
 
 
 def test_the_largest_model_for_one_card_is_planned_to_fit():
@@ -253,40 +319,76 @@ def test_a_new_run_takes_the_other_engines_states(shapes, tmp_path, optimizer):
     # an update leaves 95 parts in 100 of a square, and adds some
     kept = all((squares[name] >= 0.94 * old[name]).all() for name in old)
     assert kept == (optimizer == "rmsprop_momentum")
+    back = tmp_path / "back"
+    start[0] = f"init_from={after / 'quickstart'}"
+    assert run_on_ranks(run, 1, back, keys_of(shapes, *start)) == [0]
+    again = newest(back / "quickstart/checkpoints")[0]
+    assert again.meta["updates"] == saved.meta["updates"] + 1
+    assert all((square >= 0.94 * squares[name]).all() for name, square in again.kind("square").items())
 
 
 @pytest.mark.slow  # it compiles what reads and writes the disk
-def test_a_run_whose_optimizer_is_on_a_disk_goes_on_as_any_other(shapes, undisturbed, tmp_path):
+@pytest.mark.parametrize("also", [[], ["engine_options.offload_weights=nvme", "train.precision=bf16"]], ids=str)
+def test_a_run_that_is_on_a_disk_goes_on_as_any_other(shapes, tmp_path, also):
     if not has_async_io():
         pytest.skip("libaio's headers are not here")
-    there = ["engine_options.offload_optimizer=nvme", f"engine_options.nvme={tmp_path / 'disk'}"]
+    there = ["engine_options.offload_optimizer=nvme", f"engine_options.nvme={tmp_path / 'disk'}", *also]
     # parts of a flat that are worth a file have a million bytes
-    wide = ["model.width=256", "train.batch=16", "train.micro_batch=8"]
+    wide = ["model.width=256", "train.batch=16", "train.micro_batch=4", *(key for key in also if "engine" not in key)]
     for runs, hows in ((tmp_path, (deepspeed(3, *there), deepspeed(3, *there), [])), (tmp_path / "memory", ([],) * 3)):
         for leg, how in enumerate(hows, 1):
             keys = keys_of(shapes, f"train.steps={2 * leg}", *wide, *how)
             assert run_on_ranks(run, 2, runs, keys) == [0, 0]
     assert curve(tmp_path) == pytest.approx(curve(tmp_path / "memory"), rel=1e-6)
+    assert bool(list((tmp_path / "disk/quickstart").glob("**/*param*.swp"))) == bool(also)
+
+
+def refused_folders(folder):
+    """Why this rank's engine does not take a folder that another process has, and one that cannot be made."""
+    place = topology.start(Layout(), 1)
+    whys = []
+    for disk in (folder, "/proc/none"):
+        with pytest.raises(ConfigError) as error:
+            build(Case(Layout(), 1, zero=ZeroOptions(3, "nvme", nvme=str(disk))), place)
+        whys.append(str(error.value))
+    return whys
+
+
+def test_no_two_runs_use_one_folder_of_a_disk(tmp_path):
+    lock = FolderLock(tmp_path / "rank-0.lock")
+    taken, impossible = run_on_ranks(refused_folders, 1, tmp_path)[0]
+    lock.release()
+    assert f"nvme: {tmp_path}: process" in taken and "name another run" in taken
+    assert "nvme: /proc/none cannot be written" in impossible
+
+
+def wait_for_step(checkpoints, step):
+    """Until there is a checkpoint of it or a later one."""
+    end = time.monotonic() + 120
+    while not committed(checkpoints) or int(committed(checkpoints)[-1].name.removeprefix("step-")) < step:
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_kill_9_at_any_moment_loses_nothing(shapes, tmp_path, kills, monkeypatch):
     chance = random.Random(1)
     how = deepspeed(2, "parallel.expert=2", "engine_options.offload_optimizer=cpu")
-    steps = 8 * kills
-    keys = keys_of(shapes, f"train.steps={steps}", "checkpoint.every=2", *how)
+    keys = keys_of(shapes, f"train.steps={8 * kills + 40}", "checkpoint.every=2", *how)
     checkpoints = tmp_path / "quickstart/checkpoints"
-    for _ in range(kills):
+    answers = mp.get_context("forkserver").SimpleQueue()  # kept: the ranks do not start without it
+    for number in range(kills):
         monkeypatch.setenv(DELAY, str(chance.choice([0.0, 0.1, 0.4])))
-        ranks = start_ranks(run, 2, free_port(), mp.get_context("forkserver").SimpleQueue(), (tmp_path, keys))
-        time.sleep(chance.uniform(3, 6))
+        ranks = start_ranks(run, 2, free_port(), answers, (tmp_path, keys))
+        if number % 3 < 2:  # while it trains and saves; else while it starts
+            wait_for_step(checkpoints, 8 * number + 2)
+        time.sleep(chance.uniform(0, 0.5 if number % 3 < 2 else 4))
+        assert all(process.is_alive() for process in ranks)
         for process in ranks:
             process.kill()
         for process in ranks:
             process.join()
         assert newest(checkpoints)[1] == []
-        if committed(checkpoints) and committed(checkpoints)[-1].name == f"step-{steps}":
-            break
     monkeypatch.delenv(DELAY)
     assert run_on_ranks(run, 2, tmp_path, keys) == [0, 0]
     assert not list(checkpoints.glob("*.partial")) and not list(checkpoints.glob("*.broken"))
@@ -316,32 +418,25 @@ def test_losses_that_stay_non_finite_change_nothing_and_end_the_run(shapes, tmp_
 # --------------------------------------------------------------------------------------------------------- recipes
 
 
-def test_what_a_recipe_may_set_is_what_deepspeed_knows():
+def test_what_a_recipe_may_set_is_what_deepspeed_takes():
+    from deepspeed.runtime.constants import MEMORY_BREAKDOWN, WALL_CLOCK_BREAKDOWN
+    from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from deepspeed.runtime.zero.offload_config import (
-        DeepSpeedZeroOffloadOptimizerConfig,
-        DeepSpeedZeroOffloadParamConfig,
-    )
 
-    keys = TUNABLE["zero_optimization"]
-    known = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
-    assert set(keys) <= known
-    assert set(keys["offload_optimizer"]) <= set(DeepSpeedZeroOffloadOptimizerConfig.model_fields)
-    assert set(keys["offload_param"]) <= set(DeepSpeedZeroOffloadParamConfig.model_fields)
+    def least(known):
+        return {key: least(kind) if isinstance(kind, dict) else kind.least for key, kind in known.items()}
 
-
-def test_a_value_that_deepspeed_refuses_is_named():
-    config = config_of(ZeroOptions(config={"zero_optimization": {"reduce_bucket_size": "big"}}), torch.float32, 1)
-    with pytest.raises(ConfigError, match=r"config.zero_optimization.reduce_bucket_size: 'big' is not valid"):
-        check(config)
+    values = least(TUNABLE)
+    taken = DeepSpeedZeroConfig(**values["zero_optimization"])  # refuses what it does not know
+    assert taken.reduce_bucket_size == 1 and taken.offload_param.max_in_cpu == 0
+    assert set(values["aio"]) < set(get_aio_config({}))
+    assert {MEMORY_BREAKDOWN, WALL_CLOCK_BREAKDOWN} < set(values) and LEAST_BUFFERS == deepspeed_config.BUFFERS
 
 
-def test_a_bad_value_is_met_before_the_first_step(shapes, tmp_path):
-    keys = keys_of(shapes, *deepspeed(2, "engine_options.config={zero_optimization: {sub_group_size: -1}}"))
-    done = ecdit("train", ROOT / "recipes/quickstart.yaml", *keys, "--runs", tmp_path)
-    assert "engine_options: config.zero_optimization.sub_group_size: -1 is not valid" in complaint(done)
-
-
+ON_DISK = (
+    "engine=deepspeed", "engine_options.zero=3", "engine_options.offload_weights=nvme", "engine_options.nvme=disk",
+    "train.precision=bf16",
+)  # fmt: skip
 REFUSED = {
     ("engine_options.zero=1",): "engine_options.zero: means nothing to engine: megatron",
     ("engine=deepspeed", "parallel.pipeline=2"): "parallel.pipeline: 2, but engine: deepspeed has no pipeline",
@@ -363,6 +458,24 @@ REFUSED = {
         "you mean reduce_bucket_size?",
     ("engine=deepspeed", "engine_options.config={fp16: {enabled: true}}"): "engine_options.config.fp16: is none of",
     ("engine=deepspeed", "engine_options.config={aio: 5}"): "engine_options.config.aio: 5 is no mapping",
+    ("engine=deepspeed", "engine_options.config={zero_optimization: {sub_group_size: -1}}"):
+        "engine_options.config.zero_optimization.sub_group_size: -1 is not valid: a whole number from 1 on",
+    ("engine=deepspeed", "engine_options.config={zero_optimization: {allgather_bucket_size: 5}}"):
+        "engine_options.config.zero_optimization.allgather_bucket_size: 5 is not valid: a whole number from 2 on, a "
+        "multiple of 2",
+    ("engine=deepspeed", "engine_options.config={wall_clock_breakdown: maybe}"):
+        "engine_options.config.wall_clock_breakdown: 'maybe' is not valid: true or false",
+    ("engine=deepspeed", "engine_options.config={aio: {queue_depth: 8}}"):
+        "engine_options.config.aio: means nothing where nothing is offloaded to nvme",
+    ("engine=deepspeed", "engine_options.offload_optimizer=cpu",
+     "engine_options.config={zero_optimization: {offload_optimizer: {buffer_count: 8}}}"):
+        "engine_options.config.zero_optimization.offload_optimizer: means nothing without "
+        "engine_options.offload_optimizer: nvme",
+    ("engine=deepspeed", "engine_options.nvme=disk"): "engine_options.nvme: disk means nothing where nothing is",
+    (*ON_DISK, "engine_options.config={zero_optimization: {stage3_prefetch_bucket_size: 100}}"):
+        "engine_options.config.zero_optimization.stage3_prefetch_bucket_size: DeepSpeed cannot look ahead",
+    (*ON_DISK, "engine_options.config={zero_optimization: {offload_param: {buffer_count: 1}}}"):
+        "engine_options.config.zero_optimization.offload_param.buffer_count: 1 is not valid: a whole number from 5 on",
 }  # fmt: skip
 
 
@@ -371,3 +484,16 @@ def test_what_deepspeed_cannot_do_is_refused_when_the_recipe_is_read(keys):
     with pytest.raises(UserError) as error:
         load_recipe(ROOT / "recipes/quickstart.yaml", keys)
     assert REFUSED[keys] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("missing", "keys", "told"),
+    [
+        ("has_deepspeed", (), "engine: deepspeed needs DeepSpeed; install the extra `ecdit\\[deepspeed\\]`"),
+        ("has_async_io", ON_DISK[1:], "engine_options.offload_weights: nvme needs DeepSpeed's asynchronous I/O"),
+    ],
+)
+def test_what_is_not_installed_is_refused_before_the_first_step(monkeypatch, missing, keys, told):
+    monkeypatch.setattr(assemble, missing, lambda: False)
+    with pytest.raises(UserError, match=told):
+        assemble.check_deepspeed(load_recipe(ROOT / "recipes/quickstart.yaml", ["engine=deepspeed", *keys]))

@@ -101,7 +101,8 @@ def killed_run(shapes, folder, kills, monkeypatch):
         # some saves are slow, so that kills fall into their middle
         monkeypatch.setenv(DELAY, str(chance.choice([0.0, 0.1, 0.4])))
         before = committed(checkpoints)
-        ranks = start_ranks(run, 2, free_port(), mp.get_context("forkserver").SimpleQueue(), (folder, keys))
+        answers = mp.get_context("forkserver").SimpleQueue()  # kept: the ranks do not start without it
+        ranks = start_ranks(run, 2, free_port(), answers, (folder, keys))
         time.sleep(chance.uniform(0.5, 6))
         for process in ranks:
             process.kill()

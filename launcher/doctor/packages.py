@@ -39,7 +39,7 @@ DEEPSPEEDS_DISK = "DeepSpeed's disk"
 OPTIONAL = (
     Package("transformers", ">=4.50", "encoders", "no T5 text encoder; data.text_encoder: hash alone"),
     Package("diffusers", ">=0.35", "encoders", "no AutoencoderKL; data.autoencoder: pixels alone"),
-    Package("deepspeed", ">=0.19", "deepspeed", "no engine: deepspeed, so no offload to host memory or disk"),
+    Package("deepspeed", ">=0.19.8,<0.20", "deepspeed", "no engine: deepspeed, so no offload to host memory or disk"),
     Package("wandb", ">=0.18", "wandb", "no log.wandb; metrics.jsonl and TensorBoard are written without it"),
     Package("requests", ">=2.32", "eval", "no server that answers for ecdit evaluate --suite dsg"),
 )

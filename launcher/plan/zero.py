@@ -4,12 +4,13 @@ Elements are counted as DeepSpeed pads them; its buffers for the reduction and t
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from ecdit.recipe import Recipe
 from launcher.plan.gpus import Gpu
 from launcher.plan.spread import Place
 from launcher.plan.weights import parameters
-from parallel.engine.deepspeed_config import BUCKET
+from parallel.engine.deepspeed_config import BUCKET, BUFFERS, SUB_GROUP
 
 ALIGNMENT = 2  # elements of a group, times its ranks
 MASTERS = {"master weights": 4, "optimizer states": 8, "EMA": 4}  # bytes of an element of the rank's piece
@@ -82,14 +83,34 @@ def held(recipe: Recipe, place: Place, size: int) -> Held:
         parts.host["gradients"] = parts.host.get("gradients", 0) + 4 * piece
         if stage < 3:
             parts.host["weights that are sent"] = size * piece
+    if parts.disk:
+        parts.host["buffers for the disk"] = _buffers_for_the_disk(recipe, kinds, size)
     return parts
+
+
+def _buffers_for_the_disk(recipe: Recipe, kinds: list[Group], size: int) -> float:
+    """In each is what is updated at once, or a weight."""
+    options, parts = recipe.engine_options, [-(-g.largest // g.ranks) for g in kinds]
+    found = 0.0
+    if options.offload_optimizer == "nvme":
+        at_once = _tuned(recipe, "sub_group_size", SUB_GROUP)  # and the weight with which it is reached
+        updated = max(min(g.piece, at_once + part) for g, part in zip(kinds, parts, strict=True))
+        found += 4 * updated * _tuned(recipe, "offload_optimizer", {}).get("buffer_count", BUFFERS)
+    if options.offload_weights == "nvme":
+        found += size * max(parts) * _tuned(recipe, "offload_param", {}).get("buffer_count", BUFFERS)
+    return found
+
+
+def _tuned(recipe: Recipe, key: str, default: Any) -> Any:
+    """What the recipe says of DeepSpeed's key."""
+    return recipe.engine_options.config.get("zero_optimization", {}).get(key, default)
 
 
 def buckets(recipe: Recipe, place: Place, size: int) -> float:
     """Bytes of the buffers through which gradients are reduced while a backward pass runs, and of the weights that
     stage 3 has gathered and keeps for it."""
     stage, kinds = recipe.engine_options.zero, groups(recipe, place)
-    elements = min(BUCKET, sum(g.padded for g in kinds))
+    elements = min(_tuned(recipe, "reduce_bucket_size", BUCKET), sum(g.padded for g in kinds))
     if stage == 0:
         return 0.0
     if stage == 3:
@@ -122,7 +143,8 @@ def seconds(recipe: Recipe, place: Place, gpu: Gpu, size: int, micro_batches: in
         if options.zero == 3:  # sums are on the host: each micro-batch fetches them and brings them back
             transferred += 8 * piece * micro_batches / gpu.pcie
     if options.offload_weights != "none":  # for the forward pass and for the backward pass
-        transferred += 2 * size * piece * micro_batches / gpu.pcie
+        rate = gpu.disk if options.offload_weights == "nvme" else gpu.pcie
+        transferred += 2 * size * piece * micro_batches / rate
     if options.offload_optimizer == "nvme":  # masters, states and average, there and back, and gradients
         transferred += (2 * sum(MASTERS.values()) + 8) * piece / gpu.disk
     return found | {"offload": transferred}
@@ -137,7 +159,7 @@ def sent(recipe: Recipe, place: Place, size: int, micro_batches: int) -> list[tu
         axis = "data" if group.ranks == place.data_ranks else "expert-data"
         share = group.padded * (group.ranks - 1) / group.ranks
         times = 1 if stage in WHOLE else micro_batches
-        calls = times * -(-group.padded // BUCKET)
+        calls = times * -(-group.padded // _tuned(recipe, "reduce_bucket_size", BUCKET))
         found.append(("all-reduce", axis, group.ranks, calls, 8 * share * times))
         gathered = {0: 0, 1: 1, 2: 1, 3: 2 * micro_batches}[stage]
         if gathered:

@@ -9,17 +9,20 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from parallel.checkpoint import CheckpointError
 from parallel.checkpoint.boxes import Boxes
+from parallel.checkpoint.lock import FolderLock
 from parallel.engine import Loss, Update, UpdateSettings
 from parallel.engine.client import AVERAGE, STATES, ClientOptimizer, FlatSpan
 from parallel.engine.deepspeed_adam import whose
-from parallel.engine.deepspeed_config import ConfigError, ZeroOptions, check, config_of
+from parallel.engine.deepspeed_config import ConfigError, ZeroOptions, config_of
 from parallel.engine.deepspeed_import import import_deepspeed
 from parallel.engine.sharding import Catalogue, Span, units_of
 from parallel.engine.zero import Flat, flats_of
@@ -37,6 +40,7 @@ class DeepSpeedEngine:
     def __init__(self, model: nn.Module, topology: Topology, settings: UpdateSettings, options: ZeroOptions):
         import_deepspeed()
         self.topology, self.settings, self.model = topology, settings, model
+        self._disk = None if options.nvme is None else _own_part_of(options.nvme)
         weights = {weight: name for name, weight in named_parameters(model)}
         self._catalogue = Catalogue(weights, topology)
         # of a weight, before DeepSpeed takes its values away
@@ -66,8 +70,9 @@ class DeepSpeedEngine:
         device = self.topology.device
         if options.stage == 3 and device.index not in (None, int(os.environ.get("LOCAL_RANK", 0))):
             raise ConfigError("zero: 3 needs every rank to see all GPUs of its node; let the scheduler hide none")
-        config = config_of(options, next(self.model.parameters()).dtype, self.topology.data_ranks)
-        check(config)
+        weights = list(self.model.parameters())
+        largest = max(weight.numel() for weight in weights)
+        config = config_of(options, weights[0].dtype, self.topology.data_ranks, largest)
         for module in self.model.modules():
             if getattr(module, "gathered_whole", False):
                 set_z3_leaf_module(module, True)
@@ -237,13 +242,26 @@ class DeepSpeedEngine:
         self._flats.publish()
 
 
+def _own_part_of(disk: str) -> FolderLock:
+    """Keeps other runs out of this rank's part of the folder: they would write over what is there. Raises
+    ConfigError."""
+    try:
+        return FolderLock(Path(disk) / f"rank-{dist.get_rank()}.lock")
+    except CheckpointError as error:
+        raise ConfigError(f"nvme: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"nvme: {disk} cannot be written ({error.strerror}); name a folder on a disk") from None
+
+
 @contextmanager
 def _device_told(device: torch.device) -> Iterator[None]:
     """DeepSpeed takes the GPU of the number LOCAL_RANK, which a scheduler may mean otherwise."""
     before = os.environ.setdefault("LOCAL_RANK", "0")
     os.environ["LOCAL_RANK"] = str(device.index or 0)
-    yield
-    os.environ["LOCAL_RANK"] = before
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = before
 
 
 class _WithLoss(nn.Module):
