@@ -205,6 +205,7 @@ def start(layout: Layout, timeout_minutes: float) -> Topology:
             expert_model_parallel_size=layout.expert,
             expert_tensor_parallel_size=layout.expert_tensor,
             distributed_timeout_minutes=timeout_minutes,
+            create_gloo_process_groups=False,  # beside NCCL's: nobody uses them
             # no weight is shared by two stages, so nothing is to be summed over them
             get_embedding_ranks=lambda ranks, *_: ranks[:1],
         )
