@@ -37,7 +37,6 @@ class Case:
     masked: bool = False
     accumulation: int = 1
     chunks: int = 1
-    dispatch_fp8: bool = False
     recompute: str = "none"
     compiled: bool = False
     batch: int = 32
@@ -45,6 +44,7 @@ class Case:
     linears: str = "torch"
     model: tuple = ()
     zero: ZeroOptions | None = None  # None: engine megatron
+    dispatch_fp8: bool = False
 
     def recipe(self):
         """The recipe that both sides follow."""

@@ -343,7 +343,7 @@ def test_the_held_out_loss_is_the_oracles_of_the_averaged_weights(tiny, shapes):
     losses = np.load(tiny.folder / "held-out/step-8.npy")
     assert losses.shape == (12,) and losses.mean() == pytest.approx(records[-1]["loss"], rel=1e-6)
     assert np.mean(records[-1]["by_time"]) == pytest.approx(records[-1]["loss"], rel=1e-6)
-    saved, _ = tiny.newest_checkpoint()
+    saved = tiny.newest_checkpoint()
     m = recipe.model
     oracle = reference.EcDit(reference.Config(**{f.name: getattr(m, f.name) for f in fields(reference.Config)}))
     oracle.load_state_dict(saved.kind("ema"))
@@ -408,7 +408,7 @@ def test_a_study_that_was_stopped_goes_on_and_a_failed_run_is_named(shapes, tmp_
         study.send_signal(signal.SIGTERM)
         told = study.communicate(timeout=120)[1]
     assert study.returncode == 75, told
-    saved = Run(runs / "tiny/dense-seed-0").newest_checkpoint()[0].step
+    saved = Run(runs / "tiny/dense-seed-0").newest_checkpoint().step
     assert f"dense-seed-0 (requeue, {saved:,} of 100,000 steps)" in told
     assert "requeue" in (runs / "tiny/index.html").read_text()
 
