@@ -187,7 +187,7 @@ def test_the_choice_is_its_twins(device, seed, tokens, experts):
     check_choice(affinity, capacity=int(torch.randint(1, tokens + 1, (), generator=generator)))
 
 
-@pytest.mark.parametrize(("tokens", "experts", "capacity"), [(200, 8, 50), (48, 64, 2), (1000, 2, 1000)])
+@pytest.mark.parametrize(("tokens", "experts", "capacity"), [(200, 8, 50), (48, 64, 2), (1, 3, 1), (1000, 2, 1000)])
 def test_the_choice_in_large_groups(device, tokens, experts, capacity):
     check_choice(normal(1, tokens, experts, device=device).softmax(-1), capacity)
 
@@ -197,6 +197,19 @@ def test_the_choice_in_large_groups(device, tokens, experts, capacity):
 @pytest.mark.parametrize("experts", [8, 32, 64])
 def test_the_choice_in_the_sizes_of_training(device, tokens, experts):
     check_choice(normal(4, tokens, experts, device=device).softmax(-1), 2 * tokens // experts)
+
+
+def test_a_choice_among_what_is_no_number_is_its_twins(device):
+    """A run that has diverged goes on to the check that drops the step."""
+    affinity = normal(3, 40, 4, device=device).softmax(-1)
+    bits = affinity.view(torch.int32)
+    bits[0], bits[1], bits[2, ::3], bits[2, 1::3] = 0x7FFFFFFF, -0x400000, 0x7FFFFFFF, -1  # NaN, of either sign
+    found = []
+    for triton in (True, False):
+        with patch.object(kernels, "use_triton", lambda tensor, triton=triton: triton):
+            chosen, gate = router.choose(affinity, 30)
+            found.append((chosen, gate.view(torch.int32)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def check_choice(affinity, capacity):
