@@ -73,12 +73,17 @@ def test_bf16_is_within_its_tolerance():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 @pytest.mark.parametrize("layout", [Layout(tensor=2, expert=2, sequence=True), Layout(expert=2), Layout(pipeline=2)])
 def test_two_gpus_over_nccl_train_as_the_oracle(layout):
-    for precision, tolerances in ((torch.float32, (1e-5, 1e-4)), (torch.bfloat16, (1e-2, 5e-2))):
-        routing = "dense" if precision == torch.bfloat16 and layout.expert == 1 else "expert_choice"
-        case = Case(layout, 2, routing, accumulation=2, precision=precision)
-        found = differences(run_on_ranks(train_cases, 2, [case])[0][0], train_oracle(case))
-        print(case, precision, found)
-        assert found[0] < tolerances[0] and found[1] < tolerances[1]
+    cases = [
+        Case(layout, 2, "expert_choice", accumulation=2),
+        # rounding may send a token elsewhere, and then everything differs: a model whose tokens go one way
+        Case(layout, 2, "dense" if layout.expert == 1 else "expert_choice", accumulation=2, precision=torch.bfloat16),
+    ]
+    tolerances = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (1e-2, 5e-2)}
+    for case, ours in zip(cases, run_on_ranks(train_cases, 2, cases)[0], strict=True):
+        found = differences(ours, train_oracle(case))
+        print(case, case.precision, found)
+        losses, gradients = tolerances[case.precision]
+        assert found[0] < losses and found[1] < gradients
 
 
 class Curve(Callback):

@@ -22,8 +22,10 @@ from parallel.kernels import operator, power_of_two
 
 REPEATED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 LEAST = 16  # rows of a block: what a product of the tensor cores takes
-KEYS = 128  # of a block, at most
-FORWARD_ROWS, BACKWARD_ROWS = 128, 64  # queries of a block, at most
+# Queries and keys of a block, at most, and how a program is compiled: the fastest that were tried on an H100. In the
+# backward pass it depends on whether the keys fit into one block.
+FORWARD = 64, 64, {"num_warps": 4}
+BACKWARD = {True: (128, 128, {"num_warps": 8, "num_stages": 1}), False: (64, 128, {"num_warps": 4, "num_stages": 2})}
 
 
 def self_attention(qkv: Tensor) -> Tensor:
@@ -112,11 +114,11 @@ def _attend(queries: Tensor, keys: Tensor | None, mask: Tensor | None, out: Tens
 
     query, key, value = _parts(queries, keys)
     images, tokens, kv, shared, width = query.shape
-    rows, block = _block(tokens, FORWARD_ROWS), _block(key.shape[1], KEYS)
+    most_rows, most_keys, how = FORWARD
+    rows, block = _block(tokens, most_rows), _block(key.shape[1], most_keys)
     attention_triton.forward[(-(-tokens // rows), kv * shared, images)](
         query, key, value, mask, out, log_sum, tokens, key.shape[1], *query.stride()[:-1], *key.stride()[:-1], kv,
-        width**-0.5, R=shared, D=width, MASKED=mask is not None, ROWS=rows, KEYS=block,
-        num_warps=8 if rows > 64 else 4,
+        width**-0.5, R=shared, D=width, MASKED=mask is not None, ROWS=rows, KEYS=block, **how,
     )  # fmt: skip
 
 
@@ -132,12 +134,14 @@ def _attend_backward(
 
     (query, key, value), of_inputs = _parts(queries, keys), _parts(grad_queries, grad_keys)
     images, tokens, kv, shared, width = query.shape
-    rows, block = _block(tokens, BACKWARD_ROWS), _block(key.shape[1], KEYS)
-    blocks = -(-key.shape[1] // block)
+    length = key.shape[1]
+    most_rows, most_keys, how = BACKWARD[length <= BACKWARD[True][1]]
+    rows, block = _block(tokens, most_rows), _block(length, most_keys)
+    blocks = -(-length // block)
     tensors = query, key, value, mask, out, log_sum, grad, *of_inputs
     strides = [n for x in (query, key, of_inputs[0], of_inputs[1]) for n in x.stride()[:-1]]
-    sizes = tokens, key.shape[1], *strides, kv, width**-0.5
-    shape = {"R": shared, "D": width, "MASKED": mask is not None, "ROWS": rows, "KEYS": block, "num_warps": 8}
+    sizes = tokens, length, *strides, kv, width**-0.5
+    shape = {"R": shared, "D": width, "MASKED": mask is not None, "ROWS": rows, "KEYS": block, **how}
     attention_triton.backward[(blocks, kv, images)](*tensors, *sizes, WHOLE=blocks == 1, **shape)
     if blocks > 1:
         attention_triton.backward_queries[(-(-tokens // rows), kv * shared, images)](*tensors, *sizes, **shape)
