@@ -17,18 +17,19 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 from transformer_engine.pytorch.quantized_tensor import Quantizer, prepare_for_saving, restore_from_saved
 
 from parallel.layers.transformer_engine import PROBE_ROWS, random_input, relative_error
+from parallel.precision import Fp8, Kept
 from parallel.spread import ExpertFfn
 
 
 class GroupedFfn(nn.Module):
     """The experts of a rank, or of a chunk of them. `plain` computes the same in the model's own type."""
 
-    def __init__(self, width: int, hidden: int, plain: ExpertFfn, first: int, count: int, of: int):
+    def __init__(self, fp8: Fp8, width: int, hidden: int, plain: ExpertFfn, first: int, count: int, of: int):
         """Experts first ... first + count - 1 of all `of`."""
         super().__init__()
+        self.fp8, self.plain, self.shape = fp8, plain, (width, hidden, count)
         self.up = GroupedProduct(self, count, width, hidden, first, of)
         self.down = GroupedProduct(self, count, hidden, width, first, of)
-        self.shape, self.plain = (width, hidden, plain, 0, count, count), plain
 
     def forward(self, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
         """x (e, R, D), up (e, F, D), down (e, D, F) -> (e, R, D)."""
@@ -42,8 +43,8 @@ class GroupedFfn(nn.Module):
 
     def probe(self) -> float:
         """Relative error of other experts of these shapes, on random numbers, forward and backward."""
-        width, hidden, plain, _, count, _ = self.shape
-        alone = GroupedFfn(*self.shape)
+        width, hidden, count = self.shape
+        alone = GroupedFfn(self.fp8, width, hidden, self.plain, 0, count, count)
         like = torch.empty(0, dtype=torch.bfloat16, device="cuda")
         # of a size at which the hidden rows are about 1, as in training: the slope of GELU then changes little where
         # they are off by the rounding of FP8
@@ -52,24 +53,30 @@ class GroupedFfn(nn.Module):
             random_input(count, hidden, width, like=like, std=width**-0.5),
             random_input(count, width, hidden, like=like, std=hidden**-0.5),
         ]
-        return relative_error(lambda: alone(*inputs), lambda: plain(*inputs), inputs)
+
+        def ours() -> Tensor:
+            self.fp8.weights_changed()  # by a scale that knows more
+            return alone(*inputs)
+
+        return relative_error(ours, lambda: self.plain(*inputs), inputs)
 
     def __str__(self) -> str:
-        width, hidden, *_, count = self.shape
+        width, hidden, count = self.shape
         return f"{count} experts of {width} by {hidden}"
 
 
 class GroupedProduct(te.GroupedLinear):
-    """One of the two products of all experts: what Transformer Engine keeps of it, but for the weights."""
+    """One of the two products of all experts: what Transformer Engine keeps of it, but for the weights, which it has in
+    FP8 from a step's first micro-batch on."""
 
     in_fp8 = True
 
     def __init__(self, ffn: GroupedFfn, count: int, fan_in: int, fan_out: int, first: int, of: int):
         super().__init__(count, fan_in, fan_out, bias=False, params_dtype=torch.bfloat16, device="meta")
-        for number in range(count):  # neither its weights nor its biases are wanted
+        for number in range(count):
             del self._parameters[f"weight{number}"]
-            setattr(self, f"bias{number}", torch.empty(0, dtype=torch.bfloat16, device="cuda"))
         self.products, self.first_product, self.all_products = count, first, of
+        self.kept, self.weights = Kept(ffn.fp8), []
         self._ffn = (ffn,)  # in a tuple: the module that this is a part of is none of its own
 
     def probe(self) -> float:
@@ -84,7 +91,8 @@ class _Casts:
     """A product's quantizers, one an expert, and how exact its sums are to be."""
 
     def __init__(self, product: GroupedProduct):
-        self.inputs, self.weights, *_, self.gradients = product._get_quantizers()
+        self._product = product
+        self.inputs, self._weights, *_, self.gradients = product._get_quantizers()
         recipe = FP8GlobalStateManager.get_fp8_recipe()
         # Transformer Engine's own choice where a recipe says nothing: exact sums for gradients alone
         self.exact = {
@@ -94,8 +102,20 @@ class _Casts:
 
     def for_backward(self, wanted: bool) -> None:
         """Whether a backward pass will read what is cast in the forward pass, which it does along the columns."""
-        for quantizer in (*self.inputs, *self.weights):
+        for quantizer in (*self.inputs, *self._weights):
             quantizer.set_usage(rowwise=True, columnwise=wanted)
+
+    def of_weights(self, weights: Tensor, wanted: bool) -> list:
+        """Those of each expert (e, o, i); where a backward pass will follow, kept for the step's other micro-batches."""
+        if not wanted:
+            return [cast(w) for cast, w in zip(self._weights, weights, strict=True)]
+        product = self._product
+        if product.kept.stale():
+            product.weights = []  # frees them first
+            for cast in self._weights:
+                cast.internal = False  # saving for the backward pass empties what is internal
+            product.weights = [cast(w) for cast, w in zip(self._weights, weights, strict=True)]
+        return product.weights
 
 
 class _Fp8Ffn(torch.autograd.Function):
@@ -109,7 +129,7 @@ class _Fp8Ffn(torch.autograd.Function):
         ctx.splits = splits = [len(x) // len(up)] * len(up)
         inner = up.shape[1]
         rows = tex.split_quantize(x, splits, first.inputs)
-        up, down = ([cast(w) for cast, w in zip(c.weights, w, strict=True)] for c, w in ((first, up), (second, down)))
+        up, down = first.of_weights(up, wanted), second.of_weights(down, wanted)
         hidden = _rows_product(up, rows, first, "fprop", splits, x, inner)
         active = [tex.gelu(part, cast) for part, cast in zip(hidden.split(splits), second.inputs, strict=True)]
         out = _rows_product(down, active, second, "fprop", splits, x, x.shape[1])
