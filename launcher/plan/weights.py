@@ -10,13 +10,14 @@ from ecdit.model.dit import EcDit
 from ecdit.recipe import ModelRecipe
 from launcher.plan.spread import Place, PlannedSpread
 
-# attention's and the dense layers', which Transformer Engine may compute
+# what Transformer Engine may compute, besides experts
 LINEAR = re.compile(r"attention\.(qkv|query|out)\.weight$|ffn\.(up|down)\.weight$")
 
 
 @dataclass(frozen=True)
 class Weight:
-    """numel: of this rank's block. expert: whether experts'. matrix: more than a vector. linear: of a `spread.linears`."""
+    """numel: of this rank's block. expert: whether experts'. matrix: more than a vector. linear: attention's or a dense
+    layer's."""
 
     numel: int
     expert: bool

@@ -106,7 +106,7 @@ class _Casts:
             quantizer.set_usage(rowwise=True, columnwise=wanted)
 
     def of_weights(self, weights: Tensor, wanted: bool) -> list:
-        """Those of each expert (e, o, i); where a backward pass will follow, kept for the step's other micro-batches."""
+        """Of weights (e, o, i). Where a backward pass will follow, kept for the step's other micro-batches."""
         if not wanted:
             return [cast(w) for cast, w in zip(self._weights, weights, strict=True)]
         product = self._product
