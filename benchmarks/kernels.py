@@ -117,15 +117,17 @@ def _both(
 
 def _rmsprop() -> Case:
     masters = [_normal(n, dtype=torch.float32) for n in SLICES]
-    optimizer = RmspropMomentum([Slice(m, unit, True) for unit, m in enumerate(masters)], SLICES, weight_decay=0.01)
+    slices = [Slice(m, unit, True, weights=m.to(TYPE, copy=True)) for unit, m in enumerate(masters)]
+    optimizer = RmspropMomentum(slices, SLICES, weight_decay=0.01)
     average, gradients = Ema(masters, 0.9999), [torch.randn_like(m) for m in masters]
     weights = sum(SLICES)
 
     def step() -> None:
         optimizer.step(gradients, 1e-4, average)
 
-    # 4 bytes each: g and v read, v written; then g, v, m, p and the average read, the last three written
-    return Case(f"update of {weights / 1e6:.1f} M weights", step, 44 * weights)
+    # 4 bytes each: g and v read, v written; then g, v, m, p and the average read, the last three written; and the
+    # model's weights, in their own type
+    return Case(f"update of {weights / 1e6:.1f} M weights", step, (44 + TYPE.itemsize) * weights)
 
 
 def _adaln(width: int) -> Iterator[Case]:

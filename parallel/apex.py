@@ -1,9 +1,8 @@
-"""NVIDIA's apex, where it is installed: weight gradients that a product adds to their fp32 sum, and its LayerNorm.
+"""NVIDIA's apex, where it is installed: weight gradients that megatron-core's linears add to their fp32 sum within the
+product, as ours do without it (`weight_gradients.py`), and its LayerNorm.
 
 The package index has an unrelated package of the same name; that one is recognised by what it lacks, and never
 imported. Apex is used on a GPU alone, and where it is not there everything is computed by torch and Triton.
-
-Shapes: `N` rows, `i` inputs, `o` outputs.
 """
 
 import importlib
@@ -50,29 +49,11 @@ def told_of_norm(device: torch.device) -> list[str]:
 
 
 def accumulate_in_products(model: nn.Module) -> str | None:
-    """Has the model's linears, ours and megatron-core's, add their weights' gradients to `main_grad`, which
-    megatron-core's DDP has made; what to tell of it, or None where apex is not here."""
+    """Has megatron-core's linears add their weights' gradients to `main_grad`, which its DDP has made; what to tell of
+    it, or None where apex is not here."""
     linears = [module for module in model.modules() if hasattr(module, "gradient_accumulation_fusion")]
     if weight_gradients() is None or not linears:
         return None
     for linear in linears:
         linear.gradient_accumulation_fusion = True
-    return f"NVIDIA's apex is here: {len(linears)} linears add their weights' gradients up within its products."
-
-
-class AccumulatingLinear(torch.autograd.Function):
-    """x W^T, whose weight's gradient is added to `weight.main_grad` and not returned. x (..., i), weight (o, i)."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, weight = ctx.saved_tensors
-        rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        weight_gradients().wgrad_gemm_accum_fp32(rows.contiguous(), grads.contiguous(), weight.main_grad)
-        # DDP's hook waits for a gradient, and by this mark does not look at it
-        weight.grad_added_to_main_grad = True
-        return grad @ weight, torch.empty_like(weight)
+    return f"NVIDIA's apex is here: {len(linears)} split linears add their weights' gradients up within its products."

@@ -18,7 +18,7 @@ from parallel.engine import Engine, UpdateSettings
 from parallel.engine.deepspeed import DeepSpeedEngine
 from parallel.engine.deepspeed_config import ZeroOptions
 from parallel.engine.megatron import MegatronEngine
-from parallel.engine.optimizer import RmspropMomentum, Slice, clip_by_global_norm
+from parallel.engine.optimizer import RmspropMomentum, Slice, clip_scale
 from parallel.parameters import initialize
 from parallel.spread.ranks import RankSpread
 from parallel.topology import Layout
@@ -218,6 +218,6 @@ def train_oracle(case: Case) -> tuple[list[float], dict, dict]:
         flat = []
         for name, weight in weights.items():
             flat += [g.flatten() for g in (weight.grad.unbind() if ".experts." in name else [weight.grad])]
-        clip_by_global_norm(flat, torch.stack([g.norm() for g in flat]).norm(), SETTINGS.clip)
-        optimizer.step(flat, LR)
+        scale = clip_scale(torch.stack([g.norm() for g in flat]).norm(), SETTINGS.clip)
+        optimizer.step(flat, LR, scale=scale)
     return losses, gradients, {name: weight.detach() for name, weight in weights.items()}

@@ -11,7 +11,7 @@ from parallel import topology
 from parallel.engine import UpdateSettings
 from parallel.engine.ema import Ema
 from parallel.engine.megatron import MegatronEngine
-from parallel.engine.optimizer import RmspropMomentum, Slice, clip_by_global_norm
+from parallel.engine.optimizer import RmspropMomentum, Slice, clip_scale
 from parallel.topology import Layout
 from tests.layouts import whole, whole_kind
 from tests.ranks import run_on_ranks
@@ -72,8 +72,7 @@ def plain():
         for weight in model.parameters():
             grads += [g.flatten() for g in (weight.grad.unbind() if weight.expert else [weight.grad])]
         norm = torch.stack([g.norm() for g in grads]).norm()
-        clip_by_global_norm(grads, norm, SETTINGS.clip)
-        optimizer.step(grads, LR)
+        optimizer.step(grads, LR, scale=clip_scale(norm, SETTINGS.clip))
         ema.update(masters)
         trace.append((loss.item(), norm.item()))
     return trace, dict(model.state_dict())

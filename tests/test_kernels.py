@@ -405,6 +405,33 @@ def test_the_update_is_its_twin(device):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-6)
 
 
+@TYPES
+def test_scaling_and_publishing_within_the_update_change_no_bit(device, dtype):
+    """Against gradients that are scaled before it and masters that are copied after it."""
+    scale, found = torch.tensor(0.3, device=device), []
+    for apart in (True, False):
+        masters = list(normal(sum(SIZES), device=device).split(SIZES))
+        models = list(torch.zeros(sum(SIZES) + 1, device=device, dtype=dtype)[1:].split(SIZES))
+        slices = [Slice(m, 0, True, weights=w) for m, w in zip(masters, models, strict=True)]
+        optimizer = RmspropMomentum(slices, [sum(SIZES)], weight_decay=0.1)
+        with patch.object(kernels, "use_triton", lambda tensor: True):
+            for step in range(3):
+                gradients = list(normal(sum(SIZES), device=device, seed=step).split(SIZES))
+                if apart:
+                    torch._foreach_mul_(gradients, scale)
+                optimizer.step(gradients, 0.1, scale=1.0 if apart else scale)
+        assert all(torch.equal(w, rounded(m, dtype)) for m, w in zip(masters, models, strict=True))
+        found.append([*masters, *models, *optimizer.states["square"], *optimizer.states["momentum"]])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def rounded(values, dtype):
+    """As torch rounds; Triton's interpreter cuts off what bf16 has no room for."""
+    if dtype == torch.bfloat16 and not values.is_cuda:
+        values = (values.view(torch.int32) & -(1 << 16)).view(torch.float32)
+    return values.to(dtype)
+
+
 def test_an_update_copies_nothing_from_the_host_after_the_first(device, monkeypatch):
     """A graph would repeat the copy, from memory that has long been something else."""
     copies = []
@@ -423,12 +450,14 @@ def test_an_update_copies_nothing_from_the_host_after_the_first(device, monkeypa
 @pytest.mark.parametrize("triton", [True, False])
 def test_an_update_that_is_not_to_be_changes_nothing(device, triton):
     masters = list(normal(40, device=device, seed=0).split([30, 10]))
-    optimizer = RmspropMomentum([Slice(m, unit, True) for unit, m in enumerate(masters)], [30, 10], weight_decay=0.1)
+    models = [torch.ones_like(m) for m in masters]
+    slices = [Slice(m, unit, True, weights=w) for unit, (m, w) in enumerate(zip(masters, models, strict=True))]
+    optimizer = RmspropMomentum(slices, [30, 10], weight_decay=0.1)
     ema = Ema(masters, 0.9)
-    before = [t.clone() for t in (*masters, *ema.slices)]
+    before = [t.clone() for t in (*masters, *ema.slices, *models)]
     gradients = [torch.full_like(m, torch.nan) for m in masters]
     with patch.object(kernels, "use_triton", lambda tensor: triton):
         optimizer.step(gradients, 0.1, ema, torch.tensor(False, device=device))
-    assert all(torch.equal(a, b) for a, b in zip((*masters, *ema.slices), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip((*masters, *ema.slices, *models), before, strict=True))
     assert optimizer.updates == 0 and ema.updates == 0
     assert not any(state.any() for states in optimizer.states.values() for state in states)

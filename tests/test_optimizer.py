@@ -7,11 +7,12 @@ import torch
 
 from parallel.engine.adamw import AdamW
 from parallel.engine.ema import Ema
-from parallel.engine.optimizer import RmspropMomentum, Slice, TorchRmsprop, clip_by_global_norm
+from parallel.engine.optimizer import RmspropMomentum, Slice, TorchRmsprop, clip_scale
 from parallel.kernels import rmsprop
 
 SHAPES = [7, 12, 1]
 STEPS, LR, DECAY = 6, 0.1, 0.3
+BUILDS = [lambda slices: RmspropMomentum(slices, SHAPES), TorchRmsprop, AdamW]
 
 
 def gradients(seed, scale=1.0):
@@ -96,7 +97,7 @@ def test_roots_in_parts_change_no_bit(monkeypatch):
 
 
 def test_the_average_takes_in_the_new_weights():
-    for build in (lambda slices: RmspropMomentum(slices, SHAPES), TorchRmsprop, AdamW):
+    for build in BUILDS:
         masters, ema, apart = weights(), Ema(weights(), 0.6), Ema(weights(), 0.6)
         optimizer = build([Slice(m, u, False) for u, m in enumerate(masters)])
         for step in range(STEPS):
@@ -113,11 +114,35 @@ def test_a_gradient_of_zero_changes_nothing():
 
 
 def test_clipping_scales_to_the_limit_and_leaves_small_gradients():
-    grads = [torch.tensor([3.0]), torch.tensor([4.0])]
-    clip_by_global_norm(grads, torch.tensor(5.0), 1.0)
-    torch.testing.assert_close(torch.cat(grads), torch.tensor([0.6, 0.8]))
-    clip_by_global_norm(grads, torch.tensor(1.0), 2.0)
-    torch.testing.assert_close(torch.cat(grads), torch.tensor([0.6, 0.8]))
+    gradient = torch.tensor([3.0, 4.0])
+    torch.testing.assert_close(gradient * clip_scale(torch.tensor(5.0), 1.0), torch.tensor([0.6, 0.8]))
+    assert torch.equal(gradient * clip_scale(torch.tensor(5.0), 6.0), gradient)
+    assert not (torch.zeros(2) * clip_scale(torch.tensor(0.0), 1.0)).any()
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_scales_gradients_and_writes_the_models_weights(build, dtype):
+    """To the same bits as if the gradients had been scaled before and the masters been copied after it."""
+    scale, found = torch.tensor(0.3), []
+    for apart in (True, False):
+        masters, models = weights(), [torch.zeros(n, dtype=dtype) for n in SHAPES]
+        optimizer = build(
+            [
+                Slice(m, u, True, weights=None if apart else w)
+                for u, (m, w) in enumerate(zip(masters, models, strict=True))
+            ]
+        )
+        for step in range(STEPS):
+            if apart:
+                scaled = gradients(step)
+                torch._foreach_mul_(scaled, scale)
+                optimizer.step(scaled, LR)
+                torch._foreach_copy_(models, masters)
+            else:
+                optimizer.step(gradients(step), LR, scale=scale)
+        found.append([*masters, *models])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_ema_is_the_scalar_form():

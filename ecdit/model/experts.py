@@ -12,6 +12,7 @@ from parallel.fp8_rows import Fp8Rows
 from parallel.layers import PlainLinears
 from parallel.parameters import parameter, xavier
 from parallel.spread import Spread
+from parallel.weight_gradients import handed_over, share_kept, sum_of, weight_gradient
 
 # Rows that ChunkedFfn works on at once: 4 MB of hidden rows at F = 1024 in fp32, a core's share of the cache.
 CHUNK_ROWS = 1024
@@ -68,13 +69,14 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x)
+        ctx.weight = weight
         return torch.bmm(x, weight.mT)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, weight = ctx.saved_tensors
-        return torch.bmm(grad, weight), torch.bmm(grad.mT, x)
+        (x,), weight = ctx.saved_tensors, ctx.weight
+        return torch.bmm(grad, weight), weight_gradient(weight, grad.mT, x)
 
 
 class ChunkedFfn(torch.autograd.Function):
@@ -91,21 +93,25 @@ class ChunkedFfn(torch.autograd.Function):
         for s in _chunks(x):
             torch.bmm(x[s], up[s].mT, out=hidden[s])
             torch.bmm(gelu(hidden[s]), down[s].mT, out=out[s])
-        ctx.save_for_backward(x, hidden, up, down)
+        ctx.save_for_backward(x, hidden)
+        ctx.weights = up, down
         return out
 
     @staticmethod
     def backward(ctx, grad_out: Tensor):
-        x, hidden, up, down = ctx.saved_tensors
+        (x, hidden), (up, down) = ctx.saved_tensors, ctx.weights
         grad_out = grad_out.contiguous()
-        grad_x, grad_up, grad_down = torch.empty_like(x), torch.empty_like(up), torch.empty_like(down)
+        summed = sum_of(up) is not None
+        grad_up, grad_down = (sum_of(w) if summed else torch.empty_like(w) for w in (up, down))
+        beta = share_kept(up) if summed else 0.0
+        grad_x = torch.empty_like(x)
         for s in _chunks(x):
             grad_gelu = torch.bmm(grad_out[s], down[s])
             grad_hidden = torch.ops.aten.gelu_backward(grad_gelu, hidden[s], approximate="tanh")
-            torch.bmm(grad_out[s].mT, gelu(hidden[s]), out=grad_down[s])
-            torch.bmm(grad_hidden.mT, x[s], out=grad_up[s])
+            grad_down[s].baddbmm_(grad_out[s].mT, gelu(hidden[s]), beta=beta)
+            grad_up[s].baddbmm_(grad_hidden.mT, x[s], beta=beta)
             torch.bmm(grad_hidden, up[s], out=grad_x[s])
-        return grad_x, grad_up, grad_down
+        return grad_x, *((handed_over(up), handed_over(down)) if summed else (grad_up, grad_down))
 
 
 def _chunks(x: Tensor) -> list[slice]:

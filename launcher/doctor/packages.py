@@ -147,11 +147,11 @@ def apex() -> list[Finding]:
     kind, version = apex_kind(), version_of("apex")
     if kind == "nvidia":
         if importlib.util.find_spec("amp_C") is None:
-            costs = "built without --cuda_ext: libraries that look for it may fail; products do not add gradients up"
+            costs = "built without --cuda_ext: libraries that look for it may fail; split linears do not sum gradients"
             return [Finding("apex", WARNING, f"NVIDIA's, {version or 'from source'}, without its kernels", costs)]
         return [Finding("apex", OK, f"NVIDIA's, {version or 'from source'}, with its kernels")]
     if kind == "other":
         found = f"not NVIDIA's but another package of that name, {version or 'of unknown version'}"
         return [Finding("apex", WARNING, found, "libraries may take it for NVIDIA's; pip uninstall apex")]
-    costs = "products do not add gradients up, which takes a pass more; `pip install apex` is an unrelated package"
+    costs = "linears split over tensor ranks do not add gradients up in their products; `pip install apex` is unrelated"
     return [Finding("apex", MISSING, "not installed", costs)]

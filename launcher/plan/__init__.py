@@ -145,8 +145,8 @@ def _time(
         moved = gpu.hbm * gpu.hbm_share
         kept = both_buffers(recipe, place)
         padded, piece = sum(b.padded for b, _ in kept), sum(b.piece for b, _ in kept)
-        # a micro-batch's gradients are added to the fp32 buffer
-        seconds["gradients"] = (micro_batches * padded * (size + 8) + 4 * padded) / moved
+        # the buffer is cleared, and gradients that no product has added to it are
+        seconds["gradients"] = (micro_batches * cost.returned * (size + 8) + 4 * padded) / moved
         seconds["update"] = piece * (UPDATE_BYTES + size) / moved
     seconds["encoders"] = _encoders(recipe, gpu, micro_batches)
     seconds["communication"] = sum(made.exposed for made in traffic)

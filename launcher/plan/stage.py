@@ -14,16 +14,18 @@ from launcher.plan.spread import Place
 from launcher.plan.trace import PARTS, Trace, trace
 
 SHALLOW, DEEPER = 2, 4  # blocks
+COUNTS = ("peak", "kept", "dispatch", "returned", "kernels")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A micro-batch's forward and backward pass. Bytes: peak, kept, dispatch as in `Trace`. seconds: of kernels, by
+    """A micro-batch's forward and backward pass. peak, kept, dispatch, returned: as in `Trace`. seconds: of kernels, by
     part. sent: (calls, bytes) by (kind, axis, ranks of the group)."""
 
     peak: float
     kept: float
     dispatch: float
+    returned: float
     kernels: float
     seconds: dict[str, float]
     sent: dict[tuple[str, str, int], tuple[float, float]]
@@ -55,7 +57,7 @@ def _stage(recipe_text: str, place: Place, gpu: Gpu, layers: int, tokens: int, d
         return low + (high - low) * times
 
     return Stage(
-        *(grown(getattr(shallow, n), getattr(deeper, n)) for n in ("peak", "kept", "dispatch", "kernels")),
+        *(grown(getattr(shallow, n), getattr(deeper, n)) for n in COUNTS),
         {part: grown(shallow.seconds[part], deeper.seconds[part]) for part in PARTS},
         {
             key: tuple(grown(a, b) for a, b in zip(shallow.sent.get(key, (0, 0)), pair, strict=True))
@@ -74,4 +76,4 @@ def _summary(found: Trace, recipe: Recipe, gpu: Gpu) -> Stage:
     for one in found.sent:
         key = (one.kind, one.axis, one.size)
         sent[key] = (sent[key][0] + 1, sent[key][1] + one.bytes)
-    return Stage(found.peak, found.kept, found.dispatch, len(found.kernels), seconds, dict(sent))
+    return Stage(found.peak, found.kept, found.dispatch, found.returned, len(found.kernels), seconds, dict(sent))

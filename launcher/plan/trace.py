@@ -55,11 +55,12 @@ class Kernel:
 @dataclass
 class Trace:
     """A micro-batch on one rank. Bytes: `peak` at most, `kept` when the forward pass ends, `dispatch` of what is kept
-    that are rows of the experts' exchange."""
+    that are rows of the experts' exchange. returned: elements of gradients that no product has added to their sum."""
 
     peak: float = 0.0
     kept: float = 0.0
     dispatch: float = 0.0
+    returned: float = 0.0
     kernels: list[Kernel] = field(default_factory=list)
     sent: list[Sent] = field(default_factory=list)
 
@@ -116,7 +117,8 @@ class _Watch(TorchDispatchMode):
             self._hold(tensor, part)
         name = function._schema.name.removeprefix("aten::")
         if not name.startswith(VIEWS):
-            inputs = list(_tensors((args, kwargs or {})))
+            # what is written to is among the outputs
+            inputs = list(_tensors((args, {k: v for k, v in (kwargs or {}).items() if k != "out"})))
             touched = sum(_size(t) for t in (*inputs, *outputs))
             self.trace.kernels.append(Kernel(part, _flops(name, inputs, outputs), touched))
         return out
@@ -190,10 +192,16 @@ def trace(recipe: Recipe, place: Place, layers: int, tokens: int, device: str) -
         for weight in model.parameters():
             # as DDP does, which adds it to its own buffer
             weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
+            weight.grad_added_to_main_grad = False
+            if recipe.engine == "megatron":
+                # fp32 in truth; products of two types have no meta form, and their time is that of their arithmetic
+                weight.main_grad = torch.empty_like(weight, requires_grad=False)
+                watch.leave_out([weight.main_grad])
         with watch:
             value = _forward(model, batch, recipe, hidden)
             found.kept, found.dispatch = watch.live, watch.of_part["routing"] + watch.of_part["experts"]
             value.backward(torch.empty_like(value))
+    found.returned = sum(weight.numel() for weight in model.parameters() if not weight.grad_added_to_main_grad)
     return found
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from parallel.engine.ema import Ema
-from parallel.engine.optimizer import KINDS, Slice, States
+from parallel.engine.optimizer import KINDS, Slice, States, weights_of
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 # (groups of weights as torch's optimizers have them) -> an optimizer with torch's interface and states
@@ -32,7 +32,7 @@ class AdamW:
         kernels: Kernels = torch_kernels,
     ):
         """`states`: as for `RmspropMomentum`. `kernels`: whose the arithmetic is."""
-        self._masters = [piece.master for piece in slices]
+        self._masters, self._weights = [piece.master for piece in slices], weights_of(slices)
         self.states = states or {kind: [torch.zeros_like(master) for master in self._masters] for kind in KINDS}
         groups = [
             {"params": [s.master for s in slices if s.decay], "weight_decay": weight_decay},
@@ -54,11 +54,13 @@ class AdamW:
         lr: float | Tensor,
         average: Ema | None = None,
         applied: Tensor | None = None,
+        scale: float | Tensor = 1.0,
     ) -> None:
-        """One update from fp32 gradients shaped like the slices; `average` takes in the new weights. Where `applied`
-        is 0 nothing changes. The host waits for a GPU."""
+        """One update from fp32 gradients shaped like the slices, scaled in place; `average` takes in the new weights.
+        Where `applied` is 0 nothing changes. The host waits for a GPU."""
         if applied is not None and not applied:
             return
+        torch._foreach_mul_(gradients, scale)
         for master, gradient in zip(self._masters, gradients, strict=True):
             master.grad = gradient
         for state in self._optimizer.state.values():
@@ -71,3 +73,5 @@ class AdamW:
         self._optimizer.zero_grad(set_to_none=True)
         if average is not None:
             average.update(self._masters)
+        if self._weights is not None:
+            torch._foreach_copy_(self._weights, self._masters)

@@ -82,11 +82,10 @@ class ClientOptimizer(torch.optim.Optimizer):
                 self._sum(torch.zeros(len(self._unit_numels), device=flats[0].device))
             return
         gradients = [span.of(flat.grad.view(-1)) for flat, span in spans]
-        torch._foreach_mul_(gradients, self._factor)
         optimizer, average = self._over(spans)
         optimizer.updates.fill_(self.updates)
         average.updates.fill_(self.updates)
-        optimizer.step(gradients, self._lr, average)
+        optimizer.step(gradients, self._lr, average, scale=self._factor)
 
     def _over(self, spans: list[tuple[Tensor, FlatSpan]]) -> tuple[Any, Ema]:
         """What updates them, kept as long as they lie where they lay: DeepSpeed moves what it keeps on a disk."""

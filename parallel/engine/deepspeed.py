@@ -24,9 +24,10 @@ from parallel.engine.client import AVERAGE, STATES, ClientOptimizer, FlatSpan
 from parallel.engine.deepspeed_adam import whose
 from parallel.engine.deepspeed_config import ConfigError, ZeroOptions, config_of
 from parallel.engine.deepspeed_import import import_deepspeed
+from parallel.engine.optimizer import clip_scale
 from parallel.engine.sharding import Catalogue, Span, units_of
 from parallel.engine.zero import Flat, flats_of
-from parallel.kernels.rmsprop import TINY, squared_norms
+from parallel.kernels.rmsprop import squared_norms
 from parallel.parameters import is_whole, named_parameters
 from parallel.topology import Topology
 
@@ -169,7 +170,7 @@ class DeepSpeedEngine:
                 squares += squared_norms(gradients, self.topology.device).sum().to(squares)
         norm = self.topology.sum(squares).sqrt()
         applied = norm.isfinite() if finite is None else norm.isfinite() & finite
-        factor = (self.settings.clip / norm.clamp(min=TINY)).clamp(max=1.0)
+        factor = clip_scale(norm, self.settings.clip)
         self._client.begin(float(lr), float(factor), applied=bool(applied))
         self._deepspeed.step()
         self._client.ended()

@@ -24,7 +24,7 @@ from parallel.checkpoint.boxes import Boxes
 from parallel.engine import Loss, Update, UpdateSettings
 from parallel.engine.adamw import AdamW
 from parallel.engine.ema import Ema
-from parallel.engine.optimizer import RmspropMomentum, Slice, TorchRmsprop, clip_by_global_norm
+from parallel.engine.optimizer import RmspropMomentum, Slice, TorchRmsprop, clip_scale
 from parallel.engine.pipeline import Pipeline
 from parallel.engine.sharding import Buckets, Catalogue
 from parallel.kernels.rmsprop import squared_norms
@@ -80,7 +80,7 @@ class MegatronEngine:
 
     def _make_optimizer(self) -> RmspropMomentum | TorchRmsprop | AdamW:
         slices = [
-            Slice(master, self._catalogue.number(piece), piece.decay, counted=not piece.copy)
+            Slice(master, self._catalogue.number(piece), piece.decay, counted=not piece.copy, weights=piece.weights)
             for piece, master in zip(self._pieces, self._masters, strict=True)
         ]
         if self.settings.name == "torch_rmsprop":
@@ -129,15 +129,18 @@ class MegatronEngine:
         squares = squared_norms([p.gradients for p in self._pieces if not p.copy], self.topology.device)
         norm = self.topology.sum(squares.sum()).sqrt()
         applied = norm.isfinite() if finite is None else norm.isfinite() & finite
-        clip_by_global_norm(self._gradients, norm, self.settings.clip)
-        self._optimizer.step(self._gradients, lr, self._ema, applied)
-        self._publish(self._masters)
+        self._optimizer.step(self._gradients, lr, self._ema, applied, clip_scale(norm, self.settings.clip))
+        self._gather()
         return Update(norm, applied)
 
     @torch.no_grad()
     def _publish(self, values: list[Tensor]) -> None:
         """Writes the slices into the model's weights, on every rank."""
         torch._foreach_copy_([piece.weights for piece in self._pieces], values)
+        self._gather()
+
+    def _gather(self) -> None:
+        """Sends every rank what the others have written into their slices of the model's weights."""
         for buckets in self._buckets:
             buckets.gather_weights()
 

@@ -20,12 +20,14 @@ States = dict[str, list[Tensor]]  # of each kind, a tensor a slice
 @dataclass
 class Slice:
     """master: fp32, flat. unit: number of its unit, the same on all ranks. decay: whether weights decay.
-    counted: False where another rank has the same slice and counts it in sums over ranks."""
+    counted: False where another rank has the same slice and counts it in sums over ranks. weights: the model's, in its
+    own type, which every update makes the master rounded; of all slices or of none."""
 
     master: Tensor
     unit: int
     decay: bool
     counted: bool = True
+    weights: Tensor | None = None
 
 
 class RmspropMomentum:
@@ -60,7 +62,7 @@ class RmspropMomentum:
         self._numels = torch.tensor(unit_numels, dtype=torch.float32, device=device)
         self.states = states or {kind: [torch.zeros_like(master) for master in masters] for kind in KINDS}
         decays = [piece.decay for piece in slices]
-        self._passes = Passes(*self.states.values(), masters, decays, beta_square, beta_momentum)
+        self._passes = Passes(*self.states.values(), masters, weights_of(slices), decays, beta_square, beta_momentum)
         self.updates = torch.zeros((), dtype=torch.float64, device=device)
 
     @torch.no_grad()
@@ -70,18 +72,19 @@ class RmspropMomentum:
         lr: float | Tensor,
         average: Ema | None = None,
         applied: Tensor | None = None,
+        scale: float | Tensor = 1.0,
     ) -> None:
-        """One update from fp32 gradients shaped like the slices, which it may overwrite; `average` takes in the new
-        weights. lr, applied: scalars on the device; where `applied` is 0 nothing changes, whatever the gradients are.
-        The host does not wait.
+        """One update from fp32 gradients shaped like the slices, times `scale`, which it may overwrite; `average` takes
+        in the new weights. lr, applied, scale: scalars on the device; where `applied` is 0 nothing changes, whatever
+        the gradients are. The host does not wait.
         """
         like = self.updates
         applied = torch.ones_like(like) if applied is None else applied.to(like)
-        lr = lr.to(like) if isinstance(lr, Tensor) else torch.full_like(like, lr)
+        lr, scale = (x.to(like) if isinstance(x, Tensor) else torch.full_like(like, x) for x in (lr, scale))
         self.updates += applied
         correction = 1 - self.beta_square**self.updates
         share = torch.zeros_like(like) if average is None else average.next_share(applied)
-        numbers = torch.stack([correction, lr, lr * self.weight_decay, share, applied])
+        numbers = torch.stack([correction, lr, lr * self.weight_decay, share, applied, scale])
         factor = self._factors(self._passes.first(gradients, numbers))
         self._passes.second(gradients, factor, numbers, None if average is None else average.slices)
 
@@ -101,7 +104,7 @@ class TorchRmsprop:
 
     def __init__(self, slices: list[Slice], *, weight_decay: float = 0.0, states: States | None = None):
         """`states`: as for `RmspropMomentum`."""
-        self._masters = [piece.master for piece in slices]
+        self._masters, self._weights = [piece.master for piece in slices], weights_of(slices)
         self.states = states or {kind: [torch.zeros_like(master) for master in self._masters] for kind in KINDS}
         groups = [
             {"params": [s.master for s in slices if s.decay], "weight_decay": weight_decay},
@@ -125,11 +128,13 @@ class TorchRmsprop:
         lr: float | Tensor,
         average: Ema | None = None,
         applied: Tensor | None = None,
+        scale: float | Tensor = 1.0,
     ) -> None:
-        """One update from fp32 gradients shaped like the slices; `average` takes in the new weights. Where `applied`
-        is 0 nothing changes. The host waits for a GPU."""
+        """One update from fp32 gradients shaped like the slices, scaled in place; `average` takes in the new weights.
+        Where `applied` is 0 nothing changes. The host waits for a GPU."""
         if applied is not None and not applied:
             return
+        torch._foreach_mul_(gradients, scale)
         for master, gradient in zip(self._masters, gradients, strict=True):
             master.grad = gradient
         for group in self._optimizer.param_groups:
@@ -138,9 +143,15 @@ class TorchRmsprop:
         self._optimizer.zero_grad(set_to_none=True)
         if average is not None:
             average.update(self._masters)
+        if self._weights is not None:
+            torch._foreach_copy_(self._weights, self._masters)
 
 
-@torch.no_grad()
-def clip_by_global_norm(gradients: list[Tensor], norm: Tensor, limit: float) -> None:
-    """Scales gradients in place so that their global norm, given as `norm`, is at most `limit`."""
-    torch._foreach_mul_(gradients, (limit / norm.clamp(min=TINY)).clamp(max=1.0))
+def weights_of(slices: list[Slice]) -> list[Tensor] | None:
+    """The model's, where the slices know them."""
+    return None if slices[0].weights is None else [piece.weights for piece in slices]
+
+
+def clip_scale(norm: Tensor, limit: float) -> Tensor:
+    """What gradients of this global norm are multiplied by, so that it is at most `limit`."""
+    return (limit / norm.clamp(min=TINY)).clamp(max=1.0)

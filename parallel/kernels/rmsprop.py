@@ -2,11 +2,12 @@
 
 Between them the caller turns the sums of squares of the updates, which the first pass finds, into a factor for each
 slice's updates. A kernel's pass reads and writes every number once; updates are made anew in the second instead of
-being kept. In torch, updates take the place of the gradients.
+being kept, gradients scaled anew, and the model's weights written beside their masters. In torch, updates take the
+place of the gradients.
 
-What an update is made with are five numbers on the device, fp64: the correction of the squares, the learning rate, that
-times the weight decay, the share of the weights that goes into the average, and 1, or 0 where nothing shall change. So
-a kernel needs no word of the host.
+What an update is made with are six numbers on the device, fp64: the correction of the squares, the learning rate, that
+times the weight decay, the share of the weights that goes into the average, 1, or 0 where nothing shall change, and
+what gradients are multiplied by. So a kernel needs no word of the host.
 
 Shapes: `n` slices, each flat and fp32, `P` programs of a kernel.
 """
@@ -27,29 +28,33 @@ ROOTS = 1 << 24  # elements of the largest temporary that torch makes
 
 class Passes:
     """The passes over one list of slices; squares, momenta and masters are changed in place. decays: whether a slice's
-    weights decay."""
+    weights decay. weights: the model's, of any one type, which become the masters rounded; None: nobody's."""
 
     def __init__(
         self,
         squares: list[Tensor],
         momenta: list[Tensor],
         masters: list[Tensor],
+        weights: list[Tensor] | None,
         decays: list[bool],
         beta_square: float,
         beta_momentum: float,
     ):
-        self._squares, self._momenta, self._masters, self._decays = squares, momenta, masters, decays
+        self._squares, self._momenta, self._masters = squares, momenta, masters
+        self._weights, self._decays = weights, decays
         self._beta_square, self._beta_momentum = beta_square, beta_momentum
         self._addresses: dict[bool, list[int]] = {}  # by whether averages are among them
         self._pointers: dict[bool, Tensor] = {}
 
     def first(self, gradients: list[Tensor], numbers: Tensor) -> Tensor:
-        """v = EMA(g^2), u = g / sqrt(v / correction); returns the sum of u^2 of each slice (n,). numbers (5,)."""
+        """v = EMA(g^2), u = g / sqrt(v / correction) of scaled gradients g; returns the sum of u^2 of each slice (n,).
+        numbers (6,)."""
         if kernels.use_triton(self._masters[0]):
             return self._first_kernel(gradients, numbers)
-        correction, *_, applied = numbers.tolist()
+        correction, *_, applied, scale = numbers.tolist()
         if not applied:
             return torch.zeros(len(gradients), device=self._masters[0].device)
+        torch._foreach_mul_(gradients, scale)
         torch._foreach_mul_(self._squares, self._beta_square)
         torch._foreach_addcmul_(self._squares, gradients, gradients, 1 - self._beta_square)
         for some, squares in _batches(gradients, self._squares):
@@ -66,12 +71,12 @@ class Passes:
         numbers: Tensor,
         averages: list[Tensor] | None,
     ) -> None:
-        """m = EMA(factor u); p -= lr (m + weight_decay p); averages move to p by their share. `gradients`: what the
-        first pass has left there; factor (n,), numbers (5,)."""
+        """m = EMA(factor u); p -= lr (m + weight_decay p); averages move to p by their share, and the model's weights
+        become p. `gradients`: what the first pass has left there; factor (n,), numbers (6,)."""
         if kernels.use_triton(self._masters[0]):
             self._second_kernel(gradients, factor, numbers, averages)
             return
-        _, lr, shrink, average_share, applied = numbers.tolist()
+        _, lr, shrink, average_share, applied, _ = numbers.tolist()
         if not applied:
             return
         torch._foreach_mul_(gradients, list(factor.unbind()))
@@ -82,6 +87,8 @@ class Passes:
         torch._foreach_add_(self._masters, self._momenta, alpha=-lr)
         if averages is not None:
             torch._foreach_lerp_(averages, self._masters, average_share)
+        if self._weights is not None:
+            torch._foreach_copy_(self._weights, self._masters)
 
     # -------------------------------------------------------------------------------------------------- with kernels
 
@@ -109,7 +116,8 @@ class Passes:
         segment, first, sizes, decay = self._tables
         rmsprop_triton.update[(len(segment),)](
             self._table_of_addresses(gradients, averages), segment, first, sizes, numbers, factor, decay,
-            1 - self._beta_momentum, TINY, BLOCK=BLOCK, AVERAGED=averages is not None, num_warps=8,
+            (self._weights or self._masters)[0], 1 - self._beta_momentum, TINY, BLOCK=BLOCK,
+            AVERAGED=averages is not None, PUBLISHED=self._weights is not None, num_warps=8,
         )  # fmt: skip
 
     @cached_property
@@ -124,10 +132,11 @@ class Passes:
         return tuple(to_device(table, device) for table in (segment, first, sizes, decay))
 
     def _table_of_addresses(self, gradients: list[Tensor], averages: list[Tensor] | None) -> Tensor:
-        """(n, 5), sent to the device only where something lies elsewhere than last time: a graph of the kernels goes
+        """(n, 6), sent to the device only where something lies elsewhere than last time: a graph of the kernels goes
         on reading the table that it was made with."""
         averaged = averages is not None
-        lists = (gradients, self._squares, self._momenta, self._masters, averages if averaged else self._masters)
+        masters = self._masters  # also where there are no averages or no weights of a model, and nothing is read
+        lists = (gradients, self._squares, self._momenta, masters, averages or masters, self._weights or masters)
         addresses = [tensor.data_ptr() for row in zip(*lists, strict=True) for tensor in row]
         if addresses != self._addresses.get(averaged):
             self._addresses[averaged] = addresses

@@ -12,12 +12,11 @@ Shapes: `B` images, `n` tensor ranks, `i` inputs, `o` outputs.
 
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel import apex
 from parallel.parameters import Block, Split, describe, parameter, xavier
+from parallel.weight_gradients import AccumulatingLinear, sum_of
 
 
 class Linear(nn.Module):
@@ -25,8 +24,6 @@ class Linear(nn.Module):
 
     `split`: only one of equal parts of the outputs.
     """
-
-    gradient_accumulation_fusion = False  # see `parallel.apex`; megatron-core's linears have the same switch
 
     def __init__(
         self, fan_in: int, fan_out: int, *, bias: bool = False, std: float | None = None, split: Split | None = None
@@ -39,11 +36,9 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., i) -> (..., o), or (..., o / n) where the outputs are split."""
-        # torch.compile does not read the extension
-        if self.gradient_accumulation_fusion and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            out = apex.AccumulatingLinear.apply(x, self.weight)
-            return out if self.bias is None else out + self.bias
-        return F.linear(x, self.weight, self.bias)
+        if sum_of(self.weight) is None:
+            return F.linear(x, self.weight, self.bias)
+        return AccumulatingLinear.apply(x, self.weight, self.bias)
 
 
 class Linears(Protocol):

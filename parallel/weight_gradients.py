@@ -1,0 +1,70 @@
+"""Weight gradients that the product which makes them adds to their fp32 sum.
+
+megatron-core's DDP keeps such a sum of the gradients of a step's micro-batches, `weight.main_grad`, and a hook adds
+what autograd returns. That writes every gradient and reads it again, and the sum with it. A product can add to the sum
+itself, in fp32; the hook, which waits for a gradient, is then handed one that nobody has written, and a mark not to
+look at it.
+
+Shapes: `o` outputs, `i` inputs, `N` rows; perhaps a dimension of experts before them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sum_of(weight: Tensor) -> Tensor | None:
+    """Where products are to add up the gradient of a weight; None: nowhere, it is autograd's to return.
+
+    That is so under engines that keep no sum, for a part of a weight, where torch.compile reads the code, which adding
+    to a sum is hidden from, and where torch has no product of bf16 with an fp32 result, as on a CPU.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    total = getattr(weight, "main_grad", None)
+    if total is None or total.dtype == weight.dtype or (weight.is_cuda and weight.dtype == torch.bfloat16):
+        return total
+    return None
+
+
+def share_kept(weight: Tensor) -> float:
+    """Of the sum, when a product adds to it: 0 if none has since it was cleared, for then it need not be read."""
+    return float(weight.grad_added_to_main_grad)
+
+
+def handed_over(weight: Tensor) -> Tensor:
+    """To be returned as the gradient of a weight when its sum has it."""
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight)
+
+
+def weight_gradient(weight: Tensor, slope: Tensor, x: Tensor) -> Tensor:
+    """To be returned as the gradient of a weight (o, i): slope (o, N) times x (N, i), or what stands for it."""
+    total = sum_of(weight)
+    if total is None:
+        return slope @ x
+    product = torch.addmm if total.ndim == 2 else torch.baddbmm
+    widened = {} if x.dtype == total.dtype else {"out_dtype": total.dtype}
+    product(total, slope, x, beta=share_kept(weight), out=total, **widened)
+    return handed_over(weight)
+
+
+class AccumulatingLinear(torch.autograd.Function):
+    """x W^T + b, whose weight's gradient is added to its sum. x (..., i), weight (o, i), bias (o,) or None."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight = weight  # itself: where activations are recomputed, what was saved comes back as another tensor
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (x,), weight = ctx.saved_tensors, ctx.weight
+        wanted, _, biased = ctx.needs_input_grad
+        rows, slopes = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        return (
+            grad @ weight if wanted else None,
+            weight_gradient(weight, slopes.mT, rows),
+            slopes.sum(0) if biased else None,
+        )
