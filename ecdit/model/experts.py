@@ -32,7 +32,7 @@ class Ffn(nn.Module):
         """(B, S, D) -> (B, S, D)."""
         if self.whole is None:
             return self.down(gelu(self.up(x)))
-        return self.whole(x.reshape(1, -1, x.shape[-1]), self.up.weight[None], self.down.weight[None]).view_as(x)
+        return self.whole(x.reshape(1, -1, x.shape[-1]), self.up.weight, self.down.weight).view_as(x)
 
 
 class Experts(nn.Module):

@@ -19,6 +19,7 @@ from transformer_engine.pytorch.quantized_tensor import Quantizer, prepare_for_s
 from parallel.layers.transformer_engine import PROBE_ROWS, random_input, relative_error
 from parallel.precision import Fp8, Kept
 from parallel.spread import ExpertFfn
+from parallel.weight_gradients import handed_over, share_kept, sum_of
 
 
 class GroupedFfn(nn.Module):
@@ -32,9 +33,9 @@ class GroupedFfn(nn.Module):
         self.down = GroupedProduct(self, count, hidden, width, first, of)
 
     def forward(self, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        """x (e, R, D), up (e, F, D), down (e, D, F) -> (e, R, D)."""
+        """x (e, R, D), up (e, F, D), down (e, D, F), of a single expert also (F, D) and (D, F) -> (e, R, D)."""
         if not (self.up.in_fp8 and self.down.in_fp8 and FP8GlobalStateManager.is_fp8_enabled()):
-            return self.plain(x, up, down)
+            return self.plain(x, *(w.view(len(x), *w.shape[-2:]) for w in (up, down)))
         rows = x.flatten(0, 1)
         with ExitStack() as begun:
             for product in (self.up, self.down):  # as each would begin alone: scales and their histories
@@ -106,7 +107,8 @@ class _Casts:
             quantizer.set_usage(rowwise=True, columnwise=wanted)
 
     def of_weights(self, weights: Tensor, wanted: bool) -> list:
-        """Of weights (e, o, i). Where a backward pass will follow, kept for the step's other micro-batches."""
+        """Of weights (e, o, i) or (o, i). Where a backward pass will follow, kept for the micro-batches after this."""
+        weights = weights.view(len(self._weights), *weights.shape[-2:])
         if not wanted:
             return [cast(w) for cast, w in zip(self._weights, weights, strict=True)]
         product = self._product
@@ -119,15 +121,16 @@ class _Casts:
 
 
 class _Fp8Ffn(torch.autograd.Function):
-    """GELU(x_e up_e^T) down_e^T for all experts. x (e R, D), up (e, F, D), down (e, D, F) -> (e R, D)."""
+    """GELU(x_e up_e^T) down_e^T for all experts. x (e R, D), up and down as `GroupedFfn` has them -> (e R, D)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, up: Tensor, down: Tensor, first: _Casts, second: _Casts) -> Tensor:
         wanted = any(ctx.needs_input_grad)
         for casts in (first, second):
             casts.for_backward(wanted)
-        ctx.splits = splits = [len(x) // len(up)] * len(up)
-        inner = up.shape[1]
+        count, inner = len(first.inputs), up.shape[-2]
+        ctx.weights, ctx.splits = (up, down), [len(x) // count] * count
+        splits = ctx.splits
         rows = tex.split_quantize(x, splits, first.inputs)
         up, down = first.of_weights(up, wanted), second.of_weights(down, wanted)
         hidden = _rows_product(up, rows, first, "fprop", splits, x, inner)
@@ -144,7 +147,7 @@ class _Fp8Ffn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (first, second), splits = ctx.casts, ctx.splits
+        (first, second), (up_weight, down_weight), splits = ctx.casts, ctx.weights, ctx.splits
         hidden, *saved = ctx.saved_tensors
         parts = restore_from_saved(ctx.parts, saved)
         count = len(splits)
@@ -153,7 +156,7 @@ class _Fp8Ffn(torch.autograd.Function):
         width, inner = grad.shape[1], hidden.shape[1]
         slopes = tex.split_quantize(grad, splits, second.gradients)
         grad_active = _rows_product(down, slopes, second, "dgrad", splits, grad, inner)
-        grad_down = _weights_product(active, slopes, second, splits, grad.new_empty(count, width, inner))
+        grad_down = _weights_product(active, slopes, second, splits, down_weight)
         slopes = [
             tex.dgelu(by_active, part, cast)
             for by_active, part, cast in zip(
@@ -161,7 +164,7 @@ class _Fp8Ffn(torch.autograd.Function):
             )
         ]
         grad_x = _rows_product(up, slopes, first, "dgrad", splits, grad, width)
-        grad_up = _weights_product(rows, slopes, first, splits, grad.new_empty(count, inner, width))
+        grad_up = _weights_product(rows, slopes, first, splits, up_weight)
         if ctx.first_of_all:  # the last one of the backward pass: delayed scales are brought up to date
             FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=False)
         return grad_x, grad_up, grad_down, None, None
@@ -179,10 +182,15 @@ def _rows_product(
     return out
 
 
-def _weights_product(rows: list, slopes: list, casts: _Casts, splits: list[int], out: Tensor) -> Tensor:
-    """Gradients of the stacked weights, each written to its place in `out`."""
-    _grouped(rows, slopes, list(out.unbind()), casts, "wgrad", "NT", splits)
-    return out
+def _weights_product(rows: list, slopes: list, casts: _Casts, splits: list[int], weight: Tensor) -> Tensor:
+    """To be returned as the gradient of the stacked weights: each expert's is written to its place in it, or added to
+    it in the weight's sum (`weight_gradients.py`)."""
+    total = sum_of(weight)
+    out = torch.empty_like(weight) if total is None else total
+    places = list(out.view(len(splits), *weight.shape[-2:]).unbind())
+    add = total is not None and share_kept(weight) > 0
+    _grouped(rows, slopes, places, casts, "wgrad", "NT", splits, accumulate=add)
+    return out if total is None else handed_over(weight)
 
 
 def _grouped(
