@@ -37,10 +37,12 @@ class GroupedFfn(nn.Module):
         if not (self.up.in_fp8 and self.down.in_fp8 and FP8GlobalStateManager.is_fp8_enabled()):
             return self.plain(x, *(w.view(len(x), *w.shape[-2:]) for w in (up, down)))
         rows = x.flatten(0, 1)
+        # autograd's functions do not tell: what asks for gradients does so under no_grad, too
+        training = torch.is_grad_enabled() and any(y.requires_grad for y in (x, up, down))
         with ExitStack() as begun:
             for product in (self.up, self.down):  # as each would begin alone: scales and their histories
                 begun.enter_context(product.prepare_forward(rows, num_gemms=product.products))
-            return _Fp8Ffn.apply(rows, up, down, _Casts(self.up), _Casts(self.down)).view(x.shape)
+            return _Fp8Ffn.apply(rows, up, down, _Casts(self.up), _Casts(self.down), training).view(x.shape)
 
     def probe(self) -> float:
         """Relative error of other experts of these shapes, on random numbers, forward and backward."""
@@ -101,15 +103,15 @@ class _Casts:
             for kind in ("fprop", "dgrad", "wgrad")
         }
 
-    def for_backward(self, wanted: bool) -> None:
+    def for_backward(self, training: bool) -> None:
         """Whether a backward pass will read what is cast in the forward pass, which it does along the columns."""
         for quantizer in (*self.inputs, *self._weights):
-            quantizer.set_usage(rowwise=True, columnwise=wanted)
+            quantizer.set_usage(rowwise=True, columnwise=training)
 
-    def of_weights(self, weights: Tensor, wanted: bool) -> list:
-        """Of weights (e, o, i) or (o, i). Where a backward pass will follow, kept for the micro-batches after this."""
+    def of_weights(self, weights: Tensor, training: bool) -> list:
+        """Of weights (e, o, i) or (o, i). In training they are kept for the micro-batches that follow."""
         weights = weights.view(len(self._weights), *weights.shape[-2:])
-        if not wanted:
+        if not training:
             return [cast(w) for cast, w in zip(self._weights, weights, strict=True)]
         product = self._product
         if product.kept.stale():
@@ -124,19 +126,18 @@ class _Fp8Ffn(torch.autograd.Function):
     """GELU(x_e up_e^T) down_e^T for all experts. x (e R, D), up and down as `GroupedFfn` has them -> (e R, D)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, up: Tensor, down: Tensor, first: _Casts, second: _Casts) -> Tensor:
-        wanted = any(ctx.needs_input_grad)
+    def forward(ctx, x: Tensor, up: Tensor, down: Tensor, first: _Casts, second: _Casts, training: bool) -> Tensor:
         for casts in (first, second):
-            casts.for_backward(wanted)
+            casts.for_backward(training)
         count, inner = len(first.inputs), up.shape[-2]
         ctx.weights, ctx.splits = (up, down), [len(x) // count] * count
         splits = ctx.splits
         rows = tex.split_quantize(x, splits, first.inputs)
-        up, down = first.of_weights(up, wanted), second.of_weights(down, wanted)
+        up, down = first.of_weights(up, training), second.of_weights(down, training)
         hidden = _rows_product(up, rows, first, "fprop", splits, x, inner)
         active = [tex.gelu(part, cast) for part, cast in zip(hidden.split(splits), second.inputs, strict=True)]
         out = _rows_product(down, active, second, "fprop", splits, x, x.shape[1])
-        if wanted:
+        if training:
             for part in (*rows, *active):
                 part.update_usage(rowwise_usage=False, columnwise_usage=True)
             saved, ctx.parts = prepare_for_saving(*rows, *active, *up, *down)
@@ -167,7 +168,7 @@ class _Fp8Ffn(torch.autograd.Function):
         grad_up = _weights_product(rows, slopes, first, splits, up_weight)
         if ctx.first_of_all:  # the last one of the backward pass: delayed scales are brought up to date
             FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=False)
-        return grad_x, grad_up, grad_down, None, None
+        return grad_x, grad_up, grad_down, None, None, None
 
 
 def _rows_product(

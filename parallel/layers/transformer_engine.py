@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from parallel.layers import describe_linear
 from parallel.precision import Fp8, Kept, outside_fp8
+from parallel.weight_gradients import sum_of
 
 PROBE_ROWS = 128
 
@@ -46,12 +47,14 @@ class TransformerEngineLinears:
 
 
 class Linear(te.Linear):
-    """Leaves a region of FP8 where it is not to compute in it. In training its weights are cast once a step."""
+    """Leaves a region of FP8 where it is not to compute in it. In training its weights are cast once a step, and their
+    gradients added to their sum, where the engine has one, within the product."""
 
     in_fp8 = False
     products, first_product, all_products = 1, 0, 1
 
     def forward(self, x: Tensor) -> Tensor:
+        self.fuse_wgrad_accumulation = sum_of(self.weight) is not None
         if self.in_fp8:
             training = torch.is_grad_enabled() and x.requires_grad
             return super().forward(x, is_first_microbatch=self.kept.stale() if training else None)

@@ -112,7 +112,7 @@ def _choose(affinity: Tensor, token: Tensor, gate: Tensor) -> None:
 
     (groups, tokens, experts), capacity = affinity.shape, gate.shape[-1]
     padded = power_of_two(tokens)
-    warps = min(16, max(4, padded // 64))
+    warps = min(16, max(4, padded // 256))
     router_triton.choose[(experts, groups)](
         affinity, torch.empty_like(token), token, gate, tokens, experts, capacity,
         TOKENS=padded, BLOCK=16 * warps, OTHERS=OTHERS, num_warps=warps,
