@@ -100,6 +100,7 @@ def _in_fp8(kind: str, sparse: bool) -> Iterator[Step]:
     with in_fp8(kind, lambda spread: _block(spread, sparse)) as (block, fp8):
 
         def forward(*inputs) -> Tensor:
+            fp8.weights_changed()  # as in a step's first micro-batch, which casts them
             with fp8.region():
                 return block(*inputs)[0]
 

@@ -169,10 +169,14 @@ def _rounds(
 
 
 def _attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:
-    """What it returns, or the first line of why it cannot. What it held can then be freed: no traceback is kept."""
+    """What it returns, or the first line of why it cannot. What it held can then be freed: no traceback is kept.
+
+    Of several ranks one may fail alone, and the others would wait for it: what not all refuse ends the job."""
     try:
         return function(), None
     except Exception as error:  # libraries' errors are of many kinds; a variant's failure is a finding
+        if _several_ranks() and not isinstance(error, UserError):
+            raise
         if isinstance(error, UserError):
             return None, " ".join(str(error).split())
         return None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

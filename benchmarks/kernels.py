@@ -3,7 +3,7 @@
 On a GPU everything timed is a CUDA graph of a few calls, as a training step is one, so the host does not count. On a
 CPU, where no kernel runs, the twins alone are timed, on smaller sizes.
 
-Shapes: `N` tokens in groups of `T`, `M = 2 N` slots, `D` hidden, `E` experts, images of `S` tokens.
+Shapes: `N` tokens in groups of `T`, `M = 2 N` slots, `D` hidden, `E` experts, images of `S` tokens, texts of `L`.
 """
 
 import sys
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Row, captured, in_turn, median_ratio
-from ecdit.model.kernels import adaln, router, slots
+from ecdit.model.kernels import adaln, attention, router, slots
 from ecdit.model.router import RoutingPlan, expert_choice
 from parallel import kernels
 from parallel.engine.ema import Ema
@@ -26,7 +26,8 @@ from parallel.engine.optimizer import RmspropMomentum, Slice
 GPU = torch.cuda.is_available()
 DEVICE, TYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
 N, WIDTHS, EXPERTS = (65_536, (1152, 2304), (8, 32, 64)) if GPU else (2048, (128,), (8,))
-T, S, FACTOR = 1024, 256, 2
+T, S, L, FACTOR = 1024, 256, 120, 2
+HEAD, KV = 64, 6  # width of a head; key-value heads
 SLICES = [1 << 24] * 16 if GPU else [1 << 16] * 4  # elements of the optimizer's
 COPIED = 1 << 29 if GPU else 1 << 22  # bytes of the plain copy
 CALLS, ROUNDS = (10, 15) if GPU else (1, 3)
@@ -85,6 +86,8 @@ def _cases() -> Iterator[Case]:
     yield _rmsprop()
     for width in WIDTHS:
         yield from _adaln(width)
+        for tokens in (S // 2, S):  # half masked, and not
+            yield from _attention(width, tokens)
         for experts in EXPERTS:
             yield from _router(width, experts)
             yield from _slots(width, experts)
@@ -131,6 +134,20 @@ def _adaln(width: int) -> Iterator[Case]:
     rows = N * width * TYPE.itemsize
     inputs = [_normal(N // S, S, width), _normal(N // S, width), _normal(N // S, width)]
     yield from _both(f"AdaLN, D {width}", adaln.modulate, inputs, 2 * rows, 3 * rows)
+
+
+def _attention(width: int, tokens: int) -> Iterator[Case]:
+    """To themselves and to texts half as long as there is room for."""
+    images, kv, shared = N // tokens, min(KV, width // HEAD), max(1, width // HEAD // KV)
+    rows, head = N * width * TYPE.itemsize, kv * HEAD * TYPE.itemsize
+    qkv = _normal(images, tokens, kv, shared + 2, HEAD)
+    name = f"D {width}, {tokens} tokens"
+    there, back = 2 * rows + 2 * N * head, 4 * rows + 4 * N * head
+    yield from _both(f"self-attention, {name}", attention.self_attention, [qkv], there, back)
+    mask = torch.arange(L, device=DEVICE).expand(images, 1, 1, L) < L // 2
+    inputs = [_normal(images, tokens, kv, shared, HEAD), _normal(images, L, kv, 2, HEAD)]
+    there, back = 2 * rows + 2 * images * L * head, 4 * rows + 4 * images * L * head
+    yield from _both(f"cross-attention, {name}", lambda *x: attention.cross_attention(*x, mask), inputs, there, back)
 
 
 def _router(width: int, experts: int) -> Iterator[Case]:

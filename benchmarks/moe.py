@@ -73,6 +73,7 @@ def _layer_fp8(kind: str, width: int, experts: int) -> Iterator[Step]:
     with in_fp8(kind, lambda spread: _moe(width, experts, spread)) as (moe, fp8):
 
         def forward(x: Tensor) -> Tensor:
+            fp8.weights_changed()  # as in a step's first micro-batch, which casts them
             with fp8.region():
                 return moe(x, T)[0]
 

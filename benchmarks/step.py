@@ -25,11 +25,12 @@ from ecdit.recipe_io import change_recipe, load_recipe
 from ecdit.step import Step as TrainingStep
 from launcher.plan import plan
 from parallel.engine import Engine
+from parallel.topology import Topology
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 DEFAULT = RECIPES / ("xl_8e.yaml" if GPU else "quickstart.yaml")
 ALONE = ("parallel.tensor=1", "parallel.expert=1", "parallel.expert_tensor=1", "parallel.pipeline=1")
-MICRO_BATCHES = 4  # of a step on a rank, at most
+MICRO_BATCHES = 16 if GPU else 4  # of a step on a rank, at most
 SECONDS = 40.0 if GPU else 8.0
 LR = 1e-4
 GIB = 2**30
@@ -49,6 +50,7 @@ if GPU:
 def rows(asked: Asked = NOTHING) -> list[Row]:
     """The trace is of the first variant. Raises UserError for a recipe that is wrong or does not fit this job."""
     recipe = bench_recipe(asked.recipe or DEFAULT, asked.overrides)
+    place = start_topology(recipe)  # before anything is on a GPU: it says which one is this rank's
     base = f"{recipe.run}: as it is launched"
     model = recipe.model
     tokens = keep_count(model.tokens, ratio_at(recipe.masking.schedule, 0))
@@ -59,7 +61,9 @@ def rows(asked: Asked = NOTHING) -> list[Row]:
         about: dict[str, float] = {}
         variant = Variant(
             f"{recipe.run}: {name}",
-            lambda changes=changes, about=about: _training(recipe, changes, about),
+            lambda changes=changes, about=about: _training(
+                change_recipe(recipe, changes, "the benchmark"), place, about
+            ),
             base if name != "as it is launched" else None,
             flops=flops,
             images=recipe.train.batch,
@@ -80,9 +84,7 @@ def bench_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
 
 
 @contextmanager
-def _training(recipe: Recipe, changes: tuple[str, ...], about: dict[str, float]) -> Iterator[Step]:
-    recipe = change_recipe(recipe, changes, "the benchmark")
-    place = start_topology(recipe)
+def _training(recipe: Recipe, place: Topology, about: dict[str, float]) -> Iterator[Step]:
     check_job(recipe, place)
     gpu = place.device.type == "cuda"
     before = torch.cuda.memory_allocated() if gpu else 0

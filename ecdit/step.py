@@ -84,6 +84,7 @@ class Step:
                 found = self._graphed(self._tokens, numbers, lots)
             except GraphError as error:
                 raise UserError(f"train.graph: this step cannot be a CUDA graph ({error}); set it to false") from None
+        self._engine.model.spread.fp8.weights_changed()
         # gradient norm and decision are everyone's; the rest are this rank's parts
         found = torch.cat([found[:2], self._place.sum(found[2:].clone())])
         told = to_device(torch.tensor([float(stop), self._place.memory()], dtype=torch.float64), device)

@@ -54,8 +54,10 @@ class Exchange:
         for c in range(self.chunks):
             arrived = self._land(remote[c], there[c])
             x = torch.cat([_by_expert(part, self._experts, size) for part in (arrived, plain(own[c]))], dim=1)
-            y = self._compute(x, experts, c, spanning).transpose(0, 1)  # (n, e, R, D), this rank last
-            results.append((self._launch(y[:-1].flatten(0, 2), back[c]), y[-1].flatten(0, 1)))
+            y = self._compute(x, experts, c, spanning).transpose(0, 1)  # (n, e, R, D)
+            # one split, whose gradient is one concatenation; slices would each fill a whole tensor with zeros
+            others, mine = y.split([self._ranks - 1, 1])
+            results.append((self._launch(others.flatten(0, 2), back[c]), mine.flatten(0, 2)))
         landed = [(self._land(there, flight), here) for (there, here), flight in zip(results, back, strict=True)]
         return torch.cat([part for pair in landed for part in pair])
 

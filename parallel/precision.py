@@ -37,6 +37,7 @@ class Fp8:
 
     def __init__(self, kind: str = "none", where: Collection[str] = ()):
         self.kind, self.where = kind, frozenset(where if kind != "none" else ())
+        self.weights = 0  # how often they have changed
         self._recipe = None
 
     def region(self) -> AbstractContextManager:
@@ -47,6 +48,10 @@ class Fp8:
 
         self._recipe = self._recipe or self._make_recipe()
         return te.autocast(enabled=True, recipe=self._recipe)
+
+    def weights_changed(self) -> None:
+        """To be called when they have: what was cast of them is then cast anew (`Kept`)."""
+        self.weights += 1
 
     def recompute_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """Of a forward pass within the region, and of its repetition by the backward pass, which is not."""
@@ -98,6 +103,18 @@ class Fp8:
         except Exception as failed:  # the library's errors are of many kinds; each means that it cannot
             return str(failed).splitlines()[0]
         return None if error <= WORST else f"its error is {error:.1%}"
+
+
+class Kept:
+    """Whether a module still has its weights in FP8 from an earlier micro-batch of the step."""
+
+    def __init__(self, fp8: Fp8):
+        self._fp8, self._weights = fp8, -1
+
+    def stale(self) -> bool:
+        """Whether they are to be cast now. Who asks has to do it."""
+        stale, self._weights = self._weights != self._fp8.weights, self._fp8.weights
+        return stale
 
 
 def outside_fp8() -> AbstractContextManager:

@@ -13,8 +13,7 @@ import torch.multiprocessing as mp
 
 def run_on_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
     """Calls function(*args) on `world` ranks and returns what each returned. An error on one is raised here."""
-    context = mp.get_context("forkserver")
-    queue = context.SimpleQueue()
+    queue = _server().SimpleQueue()
     processes = start_ranks(function, world, free_port(), queue, args)
     answers = dict(_next(queue) for _ in processes)
     for process in processes:
@@ -44,6 +43,8 @@ def forked(function: Callable[..., None], *args: Any) -> mp.Process:
 
 def _server() -> Any:
     """Of processes that have imported torch, megatron-core and the rest already: once, not once a process."""
+    if torch.cuda.is_available():  # what has touched a GPU cannot be forked, and Transformer Engine does when imported
+        return mp.get_context("spawn")
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["ecdit.train", "ecdit.evaluate.suites", "ecdit.cli"])
     return context

@@ -35,8 +35,10 @@ from benchmarks.peers import PlainBlock
 from ecdit import reference
 from ecdit.bench_command import NAMES
 from ecdit.cli import app
+from ecdit.errors import UserError
 from parallel import topology
 from parallel.spread import Spread
+from parallel.topology import Layout
 from tests.command import ecdit
 from tests.ranks import run_on_ranks
 
@@ -170,7 +172,7 @@ def test_a_profile_of_a_training_step_has_the_layers_parts(tmp_path, small):
 
 def test_a_recipes_step_is_a_few_micro_batches_on_one_rank(small):
     found = step.bench_recipe(step.RECIPES / "xl_8e.yaml", ())
-    assert (found.train.batch, found.train.micro_batch, found.parallel.expert) == (256, 64, 1)
+    assert (found.train.batch, found.train.micro_batch, found.parallel.expert) == (512, 128, 1)
     found = step.bench_recipe(step.RECIPES / "quickstart.yaml", ("train.micro_batch=8",))
     assert found.train.batch == 16
 
@@ -206,6 +208,28 @@ def between_ranks():
     return [row["name"] for row in made["rows"]], made["rows"]
 
 
+def refuse_and_fail():
+    topology.start(Layout(), 1.0)
+    told = {"refused": UserError("train.graph: refused"), "broken": ZeroDivisionError("alone")}
+
+    def raising(name):
+        raise told[name]
+
+    def compare(name):
+        return budget.compare([Variant(name, lambda: nullcontext(lambda: raising(name)))], 0.1, torch.float32)
+
+    (refused,) = compare("refused")
+    with pytest.raises(ZeroDivisionError):
+        compare("broken")
+    topology.stop()
+    return refused.failed
+
+
+def test_what_one_rank_alone_may_fail_at_ends_the_job():
+    """The others would wait for it for ever. What every rank refuses alike is a finding."""
+    assert run_on_ranks(refuse_and_fail, 2) == ["train.graph: refused"] * 2
+
+
 @pytest.mark.slow
 def test_two_ranks_measure_the_all_to_all():
     (names, rows), (others, _) = run_on_ranks(between_ranks, 2)
@@ -236,7 +260,7 @@ def test_the_kernels_benchmark_runs(monkeypatch, capsys):
     for name, small in (("N", 64), ("T", 32), ("S", 16), ("SLICES", [100]), ("COPIED", 4096), ("ROUNDS", 2)):
         monkeypatch.setattr(kernels, name, small)
     found = kernels.rows()
-    assert len([row for row in found if row.name.endswith(": floor")]) == 13
+    assert len([row for row in found if row.name.endswith(": floor")]) == 21
     assert all(row.milliseconds > 0 for row in found)
     assert all(row.against == row.name.replace("twin", "floor") for row in found if row.name.endswith("twin"))
     assert "AdaLN, D 128, forward: spread" in capsys.readouterr().err

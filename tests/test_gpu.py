@@ -1,5 +1,7 @@
 """What needs a GPU: the same parity there, Transformer Engine's linears, megatron-core's MoE layer, NCCL."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -73,12 +75,14 @@ def test_bf16_is_within_its_tolerance():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 @pytest.mark.parametrize("layout", [Layout(tensor=2, expert=2, sequence=True), Layout(expert=2), Layout(pipeline=2)])
 def test_two_gpus_over_nccl_train_as_the_oracle(layout):
-    for precision, tolerances in ((torch.float32, (1e-5, 1e-4)), (torch.bfloat16, (1e-2, 5e-2))):
-        routing = "dense" if precision == torch.bfloat16 and layout.expert == 1 else "expert_choice"
-        case = Case(layout, 2, routing, accumulation=2, precision=precision)
-        found = differences(run_on_ranks(train_cases, 2, [case])[0][0], train_oracle(case))
-        print(case, precision, found)
-        assert found[0] < tolerances[0] and found[1] < tolerances[1]
+    exact = Case(layout, 2, accumulation=2)
+    # in bf16 rounding may send a token to other experts than the oracle does, and then much differs
+    rounded = Case(layout, 2, "dense", accumulation=2, precision=torch.bfloat16)
+    ours = run_on_ranks(train_cases, 2, [exact, rounded])[0]
+    for case, found, tolerance in zip((exact, rounded), ours, ((1e-5, 1e-4), (1e-2, 5e-2)), strict=True):
+        losses, gradients, _ = differences(found, train_oracle(case))
+        print(case, case.precision, losses, gradients)
+        assert losses < tolerance[0] and gradients < tolerance[1]
 
 
 class Curve(Callback):
@@ -116,3 +120,26 @@ def test_a_step_makes_no_host_wait_and_is_the_same_as_a_graph(tmp_path, routing,
     assert curves[True] == pytest.approx(curves[False], rel=1e-5)
     seen = [np.load(tmp_path / f"{routing}-{graph}/held-out/step-10.npy") for graph in (False, True)]
     assert seen[0] == pytest.approx(seen[1], rel=1e-4)  # the averaged weights were put in and taken out again
+
+
+def losses_of_two_gpus(folder, layout, graph):
+    curve = Curve()
+    changes = [
+        f"data.streams=[{{path: {folder}/shapes}}]", "train.steps=10", "train.batch=32", "train.micro_batch=8",
+        "train.precision=bf16", "log.grid_every=0", "checkpoint.every=100", f"run=graph-{graph}",
+        f"train.graph={graph}", *layout,
+    ]  # fmt: skip
+    assert train(load_recipe("recipes/quickstart.yaml", changes), Path(folder), [curve]) == 0
+    return curve.losses
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("layout", [["parallel.expert=2"], ["parallel.tensor=2", "parallel.sequence=true"]], ids=str)
+def test_steps_of_two_gpus_are_the_same_as_a_graph(tmp_path, layout):
+    """Collectives of NCCL are part of it."""
+    prepare_shapes(tmp_path / "shapes", count=64, seed=0)
+    launched, replayed = (
+        run_on_ranks(losses_of_two_gpus, 2, str(tmp_path), layout, graph)[0] for graph in (False, True)
+    )
+    print(layout, launched, replayed)
+    assert len(launched) == 10 and replayed == pytest.approx(launched, rel=1e-5)

@@ -75,9 +75,36 @@ def test_a_moe_layer_in_bf16_is_the_oracles():
 def test_a_moe_layer_in_fp8_is_the_oracles(kind):
     with in_fp8(kind, make_moe) as (moe, fp8):
         moe_beside_the_oracle(moe, fp8.region)  # a delayed scale knows nothing at first
+        fp8.weights_changed()
         found = moe_beside_the_oracle(moe, fp8.region)
     print(kind, "result, gradients of tokens, router, up, down:", found)
     assert found[0] < LAYER[0] and max(found) < LAYER[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_cast_once_a_step(kind):
+    """What was cast serves until the weights are said to have changed, and then no longer."""
+    with in_fp8(kind, make_moe) as (moe, fp8):
+        x = torch.randn(GROUPS, TOKENS, WIDTH, device="cuda", dtype=torch.bfloat16)
+
+        def result():
+            with fp8.region():
+                return moe(x.requires_grad_(), TOKENS)[0].detach()
+
+        results = []
+        for _ in range(3):  # with a scale that knows the weights
+            fp8.weights_changed()
+            results.append(result())
+        with torch.no_grad():
+            moe.experts.down.mul_(0.5)
+        kept = result()
+        with torch.no_grad(), fp8.region():
+            drawn = moe(x, TOKENS)[0]  # no backward pass, nothing kept
+        fp8.weights_changed()
+        changed = result()
+    torch.testing.assert_close(kept, results[-1])
+    torch.testing.assert_close(changed, 0.5 * kept, rtol=0.1, atol=0.02)
+    torch.testing.assert_close(drawn, changed, rtol=0.1, atol=0.02)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,6 +126,7 @@ def test_a_dense_layer_in_fp8_is_torchs(kind):
             return torch.nn.functional.gelu(x @ wide[0].T, approximate="tanh") @ wide[1].T
 
         gradients(ours, [x], weights)
+        fp8.weights_changed()
         found = errors(gradients(ours, [x], weights), gradients(oracle, [x.float()], wide))
     print(kind, "result, gradients of tokens, up, down:", found)
     assert found[0] < LAYER[0] and max(found) < LAYER[1]
@@ -120,11 +148,12 @@ def test_a_model_in_fp8_is_the_oracles(kind, routing):
     generator = torch.Generator().manual_seed(0)
     x, t = torch.randn(32, 3, 8, 8, generator=generator), torch.rand(32, generator=generator)
     text, mask = torch.randn(32, 5, 12, generator=generator), torch.ones(32, 5, dtype=torch.bool)
-    with in_fp8(kind, make) as (model, _):
+    with in_fp8(kind, make) as (model, fp8):
         oracle.load_state_dict(
             {name: weight.float().cpu() for name, weight in model.state_dict().items()}, strict=False
         )
         for _ in range(2):
+            fp8.weights_changed()
             found = model(x.cuda(), t.cuda(), text.cuda(), mask.cuda()).velocity.detach().float().cpu()
     with torch.no_grad():
         expected = oracle(x, t, text, mask, recipe.group_tokens)[0]

@@ -13,6 +13,7 @@ from ecdit.model.kernels.router import top_tokens
 from ecdit.model.moe import Moe
 from ecdit.model.router import expert_choice, token_choice
 from ecdit.recipe import DecoderRecipe, ModelRecipe
+from ecdit.statistics import RoutingStatistics
 from parallel.spread import Spread
 
 TINY = {
@@ -135,6 +136,24 @@ def test_token_choice_drops_and_counts_what_is_over_capacity():
     assert plan.filled.view(3, 4).tolist() == [[True] * 4, [True] * 4, [False] * 4]
     assert plan.experts_per_token().tolist() == [2, 2, 2, 2, 0, 0]
     assert plan.gate[~plan.filled].eq(0).all()
+
+
+def test_routing_is_told_of_all_micro_batches_and_stages():
+    layers, generator = [1, 3, 5], torch.Generator().manual_seed(0)
+    affinity = torch.rand(2, len(layers), 2, 12, 4, generator=generator).softmax(-1)
+    micro_batches = [[expert_choice(of_layer, 3) for of_layer in micro] for micro in affinity]
+    sums = []
+    for of_stage in ([1], [], [3, 5]):
+        told = RoutingStatistics(layers, of_stage, torch.device("cpu"))
+        for plans in micro_batches:
+            told.add([plan for layer, plan in zip(layers, plans, strict=True) if layer in of_stage])
+        sums.append(told.sums())
+    record = RoutingStatistics.record(torch.stack(sums).sum(0))
+    for i in range(len(layers)):
+        count = torch.cat([plans[i].experts_per_token() for plans in micro_batches]).double()
+        assert record["unrouted_share"][i] == pytest.approx((count == 0).double().mean().item())
+        assert record["experts_per_token"][i] == pytest.approx(count.mean().item())
+        assert record["experts_per_token_std"][i] == pytest.approx(count.std(correction=0).item())
 
 
 def test_a_group_never_sees_another():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ecdit.model.layers import gelu
 from parallel.fp8_rows import Fp8Rows
+from parallel.layers import PlainLinears
 from parallel.parameters import parameter, xavier
 from parallel.spread import Spread
 from parallel.weight_gradients import handed_over, share_kept, sum_of, weight_gradient
@@ -22,12 +23,16 @@ class Ffn(nn.Module):
 
     def __init__(self, width: int, spread: Spread):
         super().__init__()
-        self.up = spread.linears.column(width, 4 * width)
-        self.down = spread.linears.row(4 * width, width, std=0.0)
+        self.whole = spread.dense_ffn(width, batched_ffn)
+        linears = spread.linears if self.whole is None else PlainLinears()
+        self.up = linears.column(width, 4 * width)
+        self.down = linears.row(4 * width, width, std=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
-        return self.down(gelu(self.up(x)))
+        if self.whole is None:
+            return self.down(gelu(self.up(x)))
+        return self.whole(x.reshape(1, -1, x.shape[-1]), self.up.weight, self.down.weight).view_as(x)
 
 
 class Experts(nn.Module):

@@ -101,7 +101,7 @@ def expert_choice(affinity: Tensor, capacity: int) -> RoutingPlan:
     """Each expert takes its top-C tokens of each group (6). affinity (G, T, E)."""
     groups, tokens, experts = affinity.shape
     chosen, gate = choose(affinity, capacity)  # (E, G, C)
-    first = tokens * torch.arange(groups, device=affinity.device)[:, None]
+    first = torch.arange(0, groups * tokens, tokens, device=affinity.device)[:, None]
     return RoutingPlan((chosen + first).flatten(), gate.flatten(), groups * tokens, experts)
 
 

@@ -78,13 +78,21 @@ def static(recipe: Recipe, place: Place) -> dict[str, float]:
         return zero.held(recipe, place, TYPES[recipe.train.precision].itemsize).gpu
     kinds = both_buffers(recipe, place)
     padded, piece = sum(b.padded for b, _ in kinds), sum(b.piece for b, _ in kinds)
-    return {
+    held = {
         "weights": padded * TYPES[recipe.train.precision].itemsize,
         "gradients": 4 * padded,
         "master weights": 4 * piece,
         "optimizer states": 4 * STATES * piece,
         "EMA": 4 * piece,
     }
+    return held if recipe.precision.fp8 == "none" else held | {"weights in FP8": fp8_weights(recipe, place)}
+
+
+def fp8_weights(recipe: Recipe, place: Place) -> float:
+    """Bytes of what a rank keeps of its weights in FP8 between micro-batches, along their rows and their columns."""
+    kinds = {"experts": lambda w: w.expert, "linears": lambda w: w.linear}
+    found = parameters(recipe.model, place)
+    return 2.0 * sum(w.numel for w in found for kind in recipe.precision.where if kinds[kind](w))
 
 
 def update_peak(recipe: Recipe, place: Place) -> float:

@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ecdit.diffusion.draws import Draws
 from ecdit.diffusion.objective import MicroBatch, objective, to_differentiate
-from ecdit.model import attention, experts
+from ecdit.model import experts
 from ecdit.model.dit import EcDit
+from ecdit.model.kernels import attention
 from ecdit.recipe import Recipe
 from launcher.plan.spread import Place, PlannedSpread, Sent
 from parallel import kernels
@@ -259,6 +260,10 @@ def _flops(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> float:
     if name in ("mm", "addmm", "bmm", "baddbmm"):
         left = inputs[-2]
         return 2.0 * outputs[0].numel() * left.shape[-1]
+    if name in ("ecdit::attend", "ecdit::attend_backward"):  # backward makes the scores again
+        (log_sum,) = (x for x in inputs if x.dtype == torch.float32)
+        products = 10.0 if name.endswith("backward") else 4.0
+        return products * log_sum.numel() * inputs[0].shape[-1] * inputs[1].shape[1]
     if name.startswith("_scaled_dot_product"):
         backward = "backward" in name
         query, key = (inputs[1], inputs[2]) if backward else (inputs[0], inputs[1])

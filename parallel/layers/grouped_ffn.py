@@ -17,33 +17,37 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 from transformer_engine.pytorch.quantized_tensor import Quantizer, prepare_for_saving, restore_from_saved
 
 from parallel.layers.transformer_engine import PROBE_ROWS, random_input, relative_error
+from parallel.precision import Fp8, Kept
 from parallel.spread import ExpertFfn
+from parallel.weight_gradients import handed_over, share_kept, sum_of
 
 
 class GroupedFfn(nn.Module):
     """The experts of a rank, or of a chunk of them. `plain` computes the same in the model's own type."""
 
-    def __init__(self, width: int, hidden: int, plain: ExpertFfn, first: int, count: int, of: int):
+    def __init__(self, fp8: Fp8, width: int, hidden: int, plain: ExpertFfn, first: int, count: int, of: int):
         """Experts first ... first + count - 1 of all `of`."""
         super().__init__()
+        self.fp8, self.plain, self.shape = fp8, plain, (width, hidden, count)
         self.up = GroupedProduct(self, count, width, hidden, first, of)
         self.down = GroupedProduct(self, count, hidden, width, first, of)
-        self.shape, self.plain = (width, hidden, plain, 0, count, count), plain
 
     def forward(self, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        """x (e, R, D), up (e, F, D), down (e, D, F) -> (e, R, D)."""
+        """x (e, R, D), up (e, F, D), down (e, D, F), of a single expert also (F, D) and (D, F) -> (e, R, D)."""
         if not (self.up.in_fp8 and self.down.in_fp8 and FP8GlobalStateManager.is_fp8_enabled()):
-            return self.plain(x, up, down)
+            return self.plain(x, *(w.view(len(x), *w.shape[-2:]) for w in (up, down)))
         rows = x.flatten(0, 1)
+        # autograd's functions do not tell: what asks for gradients does so under no_grad, too
+        training = torch.is_grad_enabled() and any(y.requires_grad for y in (x, up, down))
         with ExitStack() as begun:
             for product in (self.up, self.down):  # as each would begin alone: scales and their histories
                 begun.enter_context(product.prepare_forward(rows, num_gemms=product.products))
-            return _Fp8Ffn.apply(rows, up, down, _Casts(self.up), _Casts(self.down)).view(x.shape)
+            return _Fp8Ffn.apply(rows, up, down, _Casts(self.up), _Casts(self.down), training).view(x.shape)
 
     def probe(self) -> float:
         """Relative error of other experts of these shapes, on random numbers, forward and backward."""
-        width, hidden, plain, _, count, _ = self.shape
-        alone = GroupedFfn(*self.shape)
+        width, hidden, count = self.shape
+        alone = GroupedFfn(self.fp8, width, hidden, self.plain, 0, count, count)
         like = torch.empty(0, dtype=torch.bfloat16, device="cuda")
         # of a size at which the hidden rows are about 1, as in training: the slope of GELU then changes little where
         # they are off by the rounding of FP8
@@ -52,24 +56,30 @@ class GroupedFfn(nn.Module):
             random_input(count, hidden, width, like=like, std=width**-0.5),
             random_input(count, width, hidden, like=like, std=hidden**-0.5),
         ]
-        return relative_error(lambda: alone(*inputs), lambda: plain(*inputs), inputs)
+
+        def ours() -> Tensor:
+            self.fp8.weights_changed()  # by a scale that knows more
+            return alone(*inputs)
+
+        return relative_error(ours, lambda: self.plain(*inputs), inputs)
 
     def __str__(self) -> str:
-        width, hidden, *_, count = self.shape
+        width, hidden, count = self.shape
         return f"{count} experts of {width} by {hidden}"
 
 
 class GroupedProduct(te.GroupedLinear):
-    """One of the two products of all experts: what Transformer Engine keeps of it, but for the weights."""
+    """One of the two products of all experts: what Transformer Engine keeps of it, but for the weights, which it has in
+    FP8 from a step's first micro-batch on."""
 
     in_fp8 = True
 
     def __init__(self, ffn: GroupedFfn, count: int, fan_in: int, fan_out: int, first: int, of: int):
         super().__init__(count, fan_in, fan_out, bias=False, params_dtype=torch.bfloat16, device="meta")
-        for number in range(count):  # neither its weights nor its biases are wanted
+        for number in range(count):
             del self._parameters[f"weight{number}"]
-            setattr(self, f"bias{number}", torch.empty(0, dtype=torch.bfloat16, device="cuda"))
         self.products, self.first_product, self.all_products = count, first, of
+        self.kept, self.weights = Kept(ffn.fp8), []
         self._ffn = (ffn,)  # in a tuple: the module that this is a part of is none of its own
 
     def probe(self) -> float:
@@ -84,7 +94,8 @@ class _Casts:
     """A product's quantizers, one an expert, and how exact its sums are to be."""
 
     def __init__(self, product: GroupedProduct):
-        self.inputs, self.weights, *_, self.gradients = product._get_quantizers()
+        self._product = product
+        self.inputs, self._weights, *_, self.gradients = product._get_quantizers()
         recipe = FP8GlobalStateManager.get_fp8_recipe()
         # Transformer Engine's own choice where a recipe says nothing: exact sums for gradients alone
         self.exact = {
@@ -92,28 +103,41 @@ class _Casts:
             for kind in ("fprop", "dgrad", "wgrad")
         }
 
-    def for_backward(self, wanted: bool) -> None:
+    def for_backward(self, training: bool) -> None:
         """Whether a backward pass will read what is cast in the forward pass, which it does along the columns."""
-        for quantizer in (*self.inputs, *self.weights):
-            quantizer.set_usage(rowwise=True, columnwise=wanted)
+        for quantizer in (*self.inputs, *self._weights):
+            quantizer.set_usage(rowwise=True, columnwise=training)
+
+    def of_weights(self, weights: Tensor, training: bool) -> list:
+        """Of weights (e, o, i) or (o, i). In training they are kept for the micro-batches that follow."""
+        weights = weights.view(len(self._weights), *weights.shape[-2:])
+        if not training:
+            return [cast(w) for cast, w in zip(self._weights, weights, strict=True)]
+        product = self._product
+        if product.kept.stale():
+            product.weights = []  # frees them first
+            for cast in self._weights:
+                cast.internal = False  # saving for the backward pass empties what is internal
+            product.weights = [cast(w) for cast, w in zip(self._weights, weights, strict=True)]
+        return product.weights
 
 
 class _Fp8Ffn(torch.autograd.Function):
-    """GELU(x_e up_e^T) down_e^T for all experts. x (e R, D), up (e, F, D), down (e, D, F) -> (e R, D)."""
+    """GELU(x_e up_e^T) down_e^T for all experts. x (e R, D), up and down as `GroupedFfn` has them -> (e R, D)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, up: Tensor, down: Tensor, first: _Casts, second: _Casts) -> Tensor:
-        wanted = any(ctx.needs_input_grad)
+    def forward(ctx, x: Tensor, up: Tensor, down: Tensor, first: _Casts, second: _Casts, training: bool) -> Tensor:
         for casts in (first, second):
-            casts.for_backward(wanted)
-        ctx.splits = splits = [len(x) // len(up)] * len(up)
-        inner = up.shape[1]
+            casts.for_backward(training)
+        count, inner = len(first.inputs), up.shape[-2]
+        ctx.weights, ctx.splits = (up, down), [len(x) // count] * count
+        splits = ctx.splits
         rows = tex.split_quantize(x, splits, first.inputs)
-        up, down = ([cast(w) for cast, w in zip(c.weights, w, strict=True)] for c, w in ((first, up), (second, down)))
+        up, down = first.of_weights(up, training), second.of_weights(down, training)
         hidden = _rows_product(up, rows, first, "fprop", splits, x, inner)
         active = [tex.gelu(part, cast) for part, cast in zip(hidden.split(splits), second.inputs, strict=True)]
         out = _rows_product(down, active, second, "fprop", splits, x, x.shape[1])
-        if wanted:
+        if training:
             for part in (*rows, *active):
                 part.update_usage(rowwise_usage=False, columnwise_usage=True)
             saved, ctx.parts = prepare_for_saving(*rows, *active, *up, *down)
@@ -124,7 +148,7 @@ class _Fp8Ffn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (first, second), splits = ctx.casts, ctx.splits
+        (first, second), (up_weight, down_weight), splits = ctx.casts, ctx.weights, ctx.splits
         hidden, *saved = ctx.saved_tensors
         parts = restore_from_saved(ctx.parts, saved)
         count = len(splits)
@@ -133,7 +157,7 @@ class _Fp8Ffn(torch.autograd.Function):
         width, inner = grad.shape[1], hidden.shape[1]
         slopes = tex.split_quantize(grad, splits, second.gradients)
         grad_active = _rows_product(down, slopes, second, "dgrad", splits, grad, inner)
-        grad_down = _weights_product(active, slopes, second, splits, grad.new_empty(count, width, inner))
+        grad_down = _weights_product(active, slopes, second, splits, down_weight)
         slopes = [
             tex.dgelu(by_active, part, cast)
             for by_active, part, cast in zip(
@@ -141,10 +165,10 @@ class _Fp8Ffn(torch.autograd.Function):
             )
         ]
         grad_x = _rows_product(up, slopes, first, "dgrad", splits, grad, width)
-        grad_up = _weights_product(rows, slopes, first, splits, grad.new_empty(count, inner, width))
+        grad_up = _weights_product(rows, slopes, first, splits, up_weight)
         if ctx.first_of_all:  # the last one of the backward pass: delayed scales are brought up to date
             FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=False)
-        return grad_x, grad_up, grad_down, None, None
+        return grad_x, grad_up, grad_down, None, None, None
 
 
 def _rows_product(
@@ -159,10 +183,15 @@ def _rows_product(
     return out
 
 
-def _weights_product(rows: list, slopes: list, casts: _Casts, splits: list[int], out: Tensor) -> Tensor:
-    """Gradients of the stacked weights, each written to its place in `out`."""
-    _grouped(rows, slopes, list(out.unbind()), casts, "wgrad", "NT", splits)
-    return out
+def _weights_product(rows: list, slopes: list, casts: _Casts, splits: list[int], weight: Tensor) -> Tensor:
+    """To be returned as the gradient of the stacked weights: each expert's is written to its place in it, or added to
+    it in the weight's sum (`weight_gradients.py`)."""
+    total = sum_of(weight)
+    out = torch.empty_like(weight) if total is None else total
+    places = list(out.view(len(splits), *weight.shape[-2:]).unbind())
+    add = total is not None and share_kept(weight) > 0
+    _grouped(rows, slopes, places, casts, "wgrad", "NT", splits, accumulate=add)
+    return out if total is None else handed_over(weight)
 
 
 def _grouped(

@@ -11,7 +11,8 @@ import transformer_engine.pytorch as te
 from torch import Tensor, nn
 
 from parallel.layers import describe_linear
-from parallel.precision import Fp8, outside_fp8
+from parallel.precision import Fp8, Kept, outside_fp8
+from parallel.weight_gradients import sum_of
 
 PROBE_ROWS = 128
 
@@ -20,7 +21,7 @@ class TransformerEngineLinears:
     """Transformer Engine's, which compute in FP8 where `fp8` says so."""
 
     def __init__(self, group: dist.ProcessGroup, sequence: bool, fp8: Fp8):
-        self.group, self.sequence, self.in_fp8 = group, sequence, "linears" in fp8.where
+        self.group, self.sequence, self.fp8, self.in_fp8 = group, sequence, fp8, "linears" in fp8.where
 
     def column(self, fan_in: int, fan_out: int, *, std: float | None = None) -> nn.Module:
         return self._make(fan_in, fan_out, "column", 0, std)
@@ -41,19 +42,22 @@ class TransformerEngineLinears:
             params_dtype=torch.float32,
             device=torch.empty(0).device,  # the context's, as for every other parameter
         )
-        linear.in_fp8 = self.in_fp8
+        linear.in_fp8, linear.kept = self.in_fp8, Kept(self.fp8)
         return describe_linear(linear, fan_in, fan_out, dim=dim, rank=self.group.rank(), std=std)
 
 
 class Linear(te.Linear):
-    """Leaves a region of FP8 where it is not to compute in it."""
+    """Leaves a region of FP8 where it is not to compute in it. In training its weights are cast once a step, and their
+    gradients added to their sum, where the engine has one, within the product."""
 
     in_fp8 = False
     products, first_product, all_products = 1, 0, 1
 
     def forward(self, x: Tensor) -> Tensor:
+        self.fuse_wgrad_accumulation = sum_of(self.weight) is not None
         if self.in_fp8:
-            return super().forward(x)
+            training = torch.is_grad_enabled() and x.requires_grad
+            return super().forward(x, is_first_microbatch=self.kept.stale() if training else None)
         with outside_fp8():
             return super().forward(x)
 

@@ -72,6 +72,10 @@ class Spread:
         computes the same in the model's own type. None: the model's own code does."""
         return None
 
+    def dense_ffn(self, width: int, plain: ExpertFfn) -> nn.Module | None:
+        """What computes a dense layer as if it were the only expert; None: two of `linears` with a GELU between do."""
+        return None
+
     def megatron_moe(self, width: int, experts: int, aux_loss: float) -> nn.Module:
         """megatron-core's MoE layer on `own_tokens`, (N, D) -> (N, D). It is made of process groups, so this spread,
         which has none, raises TypeError."""

@@ -71,7 +71,15 @@ class RankSpread(Spread):
         ep, parts = self._groups.ep, self._groups.expt_tp.size()
         count = experts // ep.size() // self._chunks
         firsts = [ep.rank() * experts // ep.size() + chunk * count for chunk in range(self._chunks)]
-        return nn.ModuleList(GroupedFfn(width, 4 * width // parts, plain, first, count, experts) for first in firsts)
+        hidden = 4 * width // parts
+        return nn.ModuleList(GroupedFfn(self.fp8, width, hidden, plain, first, count, experts) for first in firsts)
+
+    def dense_ffn(self, width: int, plain: ExpertFfn) -> nn.Module | None:
+        if "linears" not in self.fp8.where or self.tensor_ranks > 1:
+            return None
+        from parallel.layers.grouped_ffn import GroupedFfn  # needs the extra, and a GPU
+
+        return GroupedFfn(self.fp8, width, 4 * width, plain, 0, 1, 1)
 
     def megatron_moe(self, width: int, experts: int, aux_loss: float) -> nn.Module:
         from parallel.megatron_moe import MegatronMoe  # needs the extra `te`, and a GPU

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from parallel import kernels
-from parallel.kernels import operator, power_of_two, warps
+from parallel.kernels import operator, power_of_two
 
 TOKENS = 64  # of a program of `affinities`
-SORTED = 4096  # elements that a program sorts, where a group has no more
-EXPERTS = 8  # of a program of `choose`: their affinities of a token fill a sector of memory
+OTHERS = 32  # keys with which a program of `choose` compares its own at a time: one for each thread of a warp
 
 
 def affinities(x: Tensor, weight: Tensor) -> Tensor:
@@ -113,7 +112,8 @@ def _choose(affinity: Tensor, token: Tensor, gate: Tensor) -> None:
 
     (groups, tokens, experts), capacity = affinity.shape, gate.shape[-1]
     padded = power_of_two(tokens)
-    rows = min(EXPERTS, power_of_two(experts), max(1, SORTED // padded))
-    router_triton.choose[(-(-experts // rows), groups)](
-        affinity, token, gate, tokens, experts, capacity, EXPERTS=rows, TOKENS=padded, num_warps=warps(rows * padded)
-    )
+    warps = min(16, max(4, padded // 256))
+    router_triton.choose[(experts, groups)](
+        affinity, torch.empty_like(token), token, gate, tokens, experts, capacity,
+        TOKENS=padded, BLOCK=16 * warps, OTHERS=OTHERS, num_warps=warps,
+    )  # fmt: skip

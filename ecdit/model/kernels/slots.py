@@ -47,7 +47,8 @@ def slot_map(token: Tensor, filled: Tensor | None, tokens: int, experts: int) ->
         counts = token.new_empty(tokens + 1, dtype=torch.int32)
         _count(table, counts)
         offsets = counts.cumsum(0, dtype=torch.int32)
-        slots = token.new_zeros(len(token), dtype=torch.int32)
+        make = torch.empty_like if filled is None else torch.zeros_like  # empty slots are in no list
+        slots = make(token, dtype=torch.int32)
         _list_slots(table, offsets, slots)
         return SlotMap(token, slots, offsets, filled is not None)
     slots = torch.argsort(token, stable=True)
