@@ -22,7 +22,9 @@ from launcher.plan.traffic import Collective, collectives, hide_behind
 from parallel.topology import Layout, LayoutError
 
 BACKWARD_SHARE = 2 / 3  # of a micro-batch's time
-UPDATE_BYTES = 122  # read and written for an element of the optimizer's slice: the update's passes over its tensors
+UPDATE_BYTES = (
+    48  # read and written for an element of the optimizer's slice, without the model's weight: norm, two passes
+)
 AUTOENCODER_FLOPS = 0.27e12 / 256**2  # of an AutoencoderKL of the usual widths, for a pixel
 
 
