@@ -30,7 +30,7 @@ from parallel.topology import Topology
 RECIPES = Path(__file__).parents[1] / "recipes"
 DEFAULT = RECIPES / ("xl_8e.yaml" if GPU else "quickstart.yaml")
 ALONE = ("parallel.tensor=1", "parallel.expert=1", "parallel.expert_tensor=1", "parallel.pipeline=1")
-MICRO_BATCHES = 16 if GPU else 4  # of a step on a rank, at most
+MICRO_BATCHES = 8 if GPU else 4  # of a step on a rank, at most
 SECONDS = 40.0 if GPU else 8.0
 LR = 1e-4
 GIB = 2**30
