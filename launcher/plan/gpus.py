@@ -26,9 +26,11 @@ class Gpu:
     nvlink: float
     network: float
     gpus_per_node: int = 8
-    # measured on an H200 by `ecdit bench plan`; docs/benchmarks.md
-    product_share: float = 0.60
-    hbm_share: float = 0.65
+    fp8: float = 0.0  # FLOP/s, dense; 0: as bf16
+    # measured on an H200 and on H100s; docs/benchmarks.md
+    product_share: float = 0.70
+    fp8_share: float = 0.55  # with the casts to it
+    hbm_share: float = 0.75
     link_share: float = 0.80
     kernel_seconds: float = 2.5e-6
     host_seconds: float = 21.5e-6
@@ -43,10 +45,12 @@ class Gpu:
 # Datasheets of NVIDIA: dense rates, memory, NVLink of one direction; the network as in their DGX systems.
 GPUS = {
     "a100": Gpu("a100", 80 * GB, 312e12, 19.5e12, 2.04e12, 300e9, 25e9),
-    "h100": Gpu("h100", 80 * GB, 989e12, 67e12, 3.35e12, 450e9, 50e9),
-    "h200": Gpu("h200", 141 * GB, 989e12, 67e12, 4.8e12, 450e9, 50e9),
-    "b200": Gpu("b200", 180 * GB, 2250e12, 80e12, 7.7e12, 900e9, 50e9),
-    "rtx4090": Gpu("rtx4090", 24 * GB, 165e12, 83e12, 1.01e12, 25e9, 12.5e9),  # without NVLink: through PCIe
+    "h100": Gpu("h100", 80 * GB, 989e12, 67e12, 3.35e12, 450e9, 50e9, fp8=1979e12),
+    "h200": Gpu("h200", 141 * GB, 989e12, 67e12, 4.8e12, 450e9, 50e9, fp8=1979e12),
+    "b200": Gpu("b200", 180 * GB, 2250e12, 80e12, 7.7e12, 900e9, 50e9, fp8=4500e12),
+    "rtx4090": Gpu(
+        "rtx4090", 24 * GB, 165e12, 83e12, 1.01e12, 25e9, 12.5e9, fp8=330e12
+    ),  # without NVLink: through PCIe
 }
 
 

@@ -14,6 +14,7 @@ from launcher.plan.spread import Place
 from launcher.plan.trace import PARTS, Trace, trace
 
 SHALLOW, DEEPER = 2, 4  # blocks
+IN_FP8 = {"experts": ("experts",), "linears": ("attention", "feed-forward")}  # parts, by `precision.where`
 COUNTS = ("peak", "kept", "dispatch", "returned", "kernels")
 
 
@@ -68,10 +69,13 @@ def _stage(recipe_text: str, place: Place, gpu: Gpu, layers: int, tokens: int, d
 
 def _summary(found: Trace, recipe: Recipe, gpu: Gpu) -> Stage:
     rate = (gpu.bf16 if recipe.train.precision == "bf16" else gpu.fp32) * gpu.product_share
+    in_fp8 = set() if recipe.precision.fp8 == "none" else {p for kind in recipe.precision.where for p in IN_FP8[kind]}
+    fp8_rate = gpu.fp8 * gpu.fp8_share or rate
     seconds = dict.fromkeys(PARTS, 0.0)
     for kernel in found.kernels:
         moved = kernel.bytes / (gpu.hbm * gpu.hbm_share)
-        seconds[kernel.part] += max(kernel.flops / rate, moved, gpu.kernel_seconds)
+        reached = fp8_rate if kernel.product and kernel.part in in_fp8 else rate
+        seconds[kernel.part] += max(kernel.flops / reached, moved, gpu.kernel_seconds)
     sent = defaultdict(lambda: (0.0, 0.0))
     for one in found.sent:
         key = (one.kind, one.axis, one.size)

@@ -38,18 +38,21 @@ OWNERS = {
     "Moe": "routing",
     "Router": "routing",
 }
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 MASK_ALIGNMENT = 16  # of the kernel that takes a mask
-VIEWS = ("view", "reshape", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "t.", "detach")
+VIEWS = ("view", "reshape", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "detach")
 VIEWS += ("new_empty", "split", "chunk", "unbind", "alias", "as_strided", "unfold", "empty", "narrow", "mT")
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One operation: floating-point operations of products, bytes read and written, and whose it is."""
+    """One operation: floating-point operations of products, bytes read and written, and whose it is. product: whether
+    a library's product of matrices."""
 
     part: str
     flops: float
     bytes: float
+    product: bool
 
 
 @dataclass
@@ -116,11 +119,11 @@ class _Watch(TorchDispatchMode):
         for tensor in outputs:
             self._hold(tensor, part)
         name = function._schema.name.removeprefix("aten::")
-        if not name.startswith(VIEWS):
+        if name != "t" and not name.startswith(VIEWS):
             # what is written to is among the outputs
             inputs = list(_tensors((args, {k: v for k, v in (kwargs or {}).items() if k != "out"})))
             touched = sum(_size(t) for t in (*inputs, *outputs))
-            self.trace.kernels.append(Kernel(part, _flops(name, inputs, outputs), touched))
+            self.trace.kernels.append(Kernel(part, _flops(name, inputs, outputs), touched, name in PRODUCTS))
         return out
 
     def _hold(self, tensor: Tensor, part: str) -> None:
@@ -257,7 +260,7 @@ def _size(tensor: Tensor) -> int:
 
 
 def _flops(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> float:
-    if name in ("mm", "addmm", "bmm", "baddbmm"):
+    if name in PRODUCTS:
         left = inputs[-2]
         return 2.0 * outputs[0].numel() * left.shape[-1]
     if name in ("ecdit::attend", "ecdit::attend_backward"):  # backward makes the scores again
