@@ -48,13 +48,15 @@ def graph_fits(recipe: "Recipe") -> None:
     """A step that is to be a CUDA graph does the same work every time, and never asks the host."""
     if not recipe.train.graph:
         return
-    for key, value, bad, instead in (
-        ("model.routing", recipe.model.routing, "megatron_topk", "whose shapes change, try expert_choice"),
-        ("optimizer.name", recipe.optimizer.name, "torch_rmsprop", "which waits for the host, try rmsprop_momentum"),
-        ("optimizer.name", recipe.optimizer.name, "adamw", "which waits for the host, try rmsprop_momentum"),
+    for key, value, bad, why, instead in (
+        ("model.routing", recipe.model.routing, "megatron_topk", "whose shapes change", "expert_choice"),
+        ("optimizer.name", recipe.optimizer.name, "torch_rmsprop", "which waits for the host", "rmsprop_momentum"),
+        ("optimizer.name", recipe.optimizer.name, "adamw", "which waits for the host", "rmsprop_momentum"),
     ):
         if value == bad:
-            raise ValueError(f"@train.graph: true does not go with {key}: {value}, {instead}")
+            raise ValueError(
+                f"@train.graph: true does not go with {key}: {value}, {why}: set it to false, or try {instead}"
+            )
     if recipe.parallel.pipeline > 1:
         raise ValueError(
             f"@train.graph: true does not go with parallel.pipeline: {recipe.parallel.pipeline}, whose stages wait for "
