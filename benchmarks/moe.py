@@ -6,6 +6,7 @@ Shapes: `G` routing groups, `T` tokens of a group, `D` hidden, `F = 4D` expert h
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,16 +41,17 @@ def _variants(width: int, experts: int) -> list[Variant]:
     products = 3 * 2 * CAPACITY_FACTOR * G * T * 8 * width**2  # two products of 4 D^2 multiply-adds, thrice
 
     made = [
-        Variant(layer, lambda: _layer(width, experts), dense),
-        Variant(dense, lambda: _dense(width)),
+        Variant(layer, lambda: _layer(width, experts), dense, graph=True),
+        Variant(dense, lambda: _dense(width), graph=True),
+        # which asks the host for its counts of rows
         Variant(f"megatron-core's MoELayer, top-2 dropless, {where}", lambda: _megatron(width, experts), layer),
-        Variant(f"Algorithm 1 as printed, {where}", lambda: _printed(width, experts), layer),
+        Variant(f"Algorithm 1 as printed, {where}", lambda: _printed(width, experts), layer, graph=True),
     ]
     for kind in FP8_KINDS:
-        made.append(Variant(f"{layer}, FP8 {kind}", lambda kind=kind: _layer_fp8(kind, width, experts), dense))
+        ready = partial(_layer_fp8, kind, width, experts)
+        made.append(Variant(f"{layer}, FP8 {kind}", ready, dense, graph=True))
     for variant in made:
         variant.flops = float(products)
-        variant.graph = "megatron" not in variant.name  # which asks the host for its counts of rows
     return made
 
 

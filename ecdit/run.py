@@ -8,6 +8,7 @@ from ecdit.errors import UserError
 from ecdit.recipe import Recipe
 from ecdit.recipe_io import dump_recipe, load_recipe, parse_recipe
 from ecdit.terminal import console
+from ecdit.whole import whole
 from parallel.checkpoint import folder as checkpoints
 from parallel.checkpoint.folder import Checkpoint
 
@@ -47,9 +48,8 @@ class Run:
     def write_recipe(self, recipe: Recipe) -> None:
         """Writes the resolved recipe, whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        aside = self.recipe_file.with_suffix(".partial")
-        aside.write_text(dump_recipe(recipe), encoding="utf-8")
-        aside.replace(self.recipe_file)
+        with whole(self.recipe_file) as aside:
+            aside.write_text(dump_recipe(recipe), encoding="utf-8")
 
     def newest_checkpoint(self) -> Checkpoint:
         """The newest checkpoint that verifies; tells of broken ones that are newer. Raises UserError where there is

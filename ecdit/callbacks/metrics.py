@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ecdit.callbacks import Callback
 from ecdit.errors import UserError
+from ecdit.whole import whole
 
 if TYPE_CHECKING:
     from ecdit.train import Trainer
@@ -107,9 +108,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def keep_until(path: Path, step: int) -> None:
     """Takes out lines after `step`, in a file that is whole at every moment."""
     kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step]
-    aside = path.with_suffix(".partial")
-    aside.write_text("".join(kept), encoding="utf-8")
-    aside.replace(path)
+    with whole(path) as aside:
+        aside.write_text("".join(kept), encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:
