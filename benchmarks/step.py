@@ -76,7 +76,8 @@ def rows(asked: Asked = NOTHING) -> list[Row]:
 def bench_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
     """The recipe with a batch of a few micro-batches a rank, on one rank without its layout."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    recipe = load_recipe(path, [*(ALONE if ranks == 1 else ()), *overrides])
+    # the variants say which of them is a graph
+    recipe = load_recipe(path, ["train.graph=false", *(ALONE if ranks == 1 else ()), *overrides])
     sizes = recipe.parallel
     lots = ranks // (sizes.tensor * sizes.pipeline) * recipe.train.micro_batch
     few = min(MICRO_BATCHES, max(1, recipe.train.batch // max(lots, 1))) * max(lots, 1)

@@ -89,6 +89,7 @@ def assemble_model(recipe: Recipe, place: Topology) -> EcDit:
         dispatch_chunks=recipe.parallel.dispatch_chunks,
         dispatch_fp8=recipe.parallel.dispatch_fp8,
         fp8=fp8,
+        recomputed=recipe.train.recompute == "block",
     )
     with place.device:
         model = EcDit(recipe.model, recipe.train.seed, spread, recipe.train.recompute, compiled=recipe.train.compile)

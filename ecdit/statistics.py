@@ -23,6 +23,7 @@ class RoutingStatistics:
         """Counts a micro-batch, all layers at once: on a GPU, starting a sum takes longer than the sum."""
         if not plans:
             return
+        assert len(plans) == len(self._own)
         count = torch.stack([plan.experts_per_token() for plan in plans])  # (layers, N), whole numbers
         self._own[:, 0] += count.shape[1]
         self._own[:, 1:] += torch.stack([(count == 0).sum(1), count.sum(1), count.square().sum(1)], dim=1)

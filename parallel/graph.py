@@ -53,6 +53,8 @@ class Graphed:
             # other threads may go on meanwhile: loaders that pin memory, NCCL's watchdog
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
                 self._found = self._function(self._numbers, self._lots)
+        except torch.cuda.OutOfMemoryError:  # of this rank alone, perhaps, and no matter of graphs
+            raise
         except RuntimeError as error:
             raise GraphError(str(error).splitlines()[0]) from error
         self._graph = graph

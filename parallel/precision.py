@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from parallel.checkpoint.boxes import Boxes
 
 KINDS = ("delayed", "current", "block")
-HISTORY = 16  # steps that a delayed scale looks back
-CHUNK = re.compile(r"\.ffns\.\d+")  # of a layer's experts, in a module's name: a layout's, not the model's
+HISTORY = 16  # forward passes that a delayed scale looks back; of weights' maxima, kept ones have none
+# in a module's name, what is a layout's and not the model's: a chunk of experts, a dense layer by itself
+WITHIN = re.compile(r"\.ffns\.\d+|(?<=\.ffn)\.whole")
 WORST = 0.15  # relative error of a product of random numbers in FP8 that is no longer one of rounding
 
 
@@ -143,7 +144,7 @@ def fp8_states(model: nn.Module) -> dict[str, Boxes]:
             scale = state.scale.view(module.products, -1)  # (n, tensors of a product)
             history = state.amax_history.view(len(state.amax_history), *scale.shape)  # (H, n, ...)
             for what, values, dim in (("scale", scale, 0), ("history", history, 1)):
-                key = f"fp8/{CHUNK.sub('', name)}.{direction}.{what}"
+                key = f"fp8/{WITHIN.sub('', name)}.{direction}.{what}"
                 offset = [0] * values.ndim
                 offset[dim] = module.first_product
                 whole = list(values.shape)

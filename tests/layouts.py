@@ -117,7 +117,13 @@ def randomize(model) -> None:
 
 def build(case: Case, place: topology.Topology) -> tuple[EcDit, MegatronEngine | DeepSpeedEngine]:
     """This rank's part of the model, and its engine."""
-    spread = RankSpread(place, linears=case.linears, dispatch_chunks=case.chunks, dispatch_fp8=case.dispatch_fp8)
+    spread = RankSpread(
+        place,
+        linears=case.linears,
+        dispatch_chunks=case.chunks,
+        dispatch_fp8=case.dispatch_fp8,
+        recomputed=case.recompute == "block",
+    )
     with place.device:
         model = EcDit(case.recipe().model, spread=spread, recompute=case.recompute, compiled=case.compiled)
         randomize(model)

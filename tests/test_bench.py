@@ -173,6 +173,8 @@ def test_a_profile_of_a_training_step_has_the_layers_parts(tmp_path, small):
 def test_a_recipes_step_is_a_few_micro_batches_on_one_rank(small):
     found = step.bench_recipe(step.RECIPES / "xl_8e.yaml", ())
     assert (found.train.batch, found.train.micro_batch, found.parallel.expert) == (512, 128, 1)
+    launched = step.bench_recipe(step.RECIPES / "xl_8e.yaml", ("optimizer.name=adamw",))  # which no graph goes with
+    assert not launched.train.graph
     found = step.bench_recipe(step.RECIPES / "quickstart.yaml", ("train.micro_batch=8",))
     assert found.train.batch == 16
 

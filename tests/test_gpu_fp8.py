@@ -161,7 +161,7 @@ def test_a_model_in_fp8_is_the_oracles(kind, routing):
     losses = [reference.flow_loss(velocity, target).item() for velocity in (found, expected)]
     off = errors([found], [expected])[0]
     print(kind, routing, "velocity:", off, "loss:", losses)
-    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+    assert losses[0] == pytest.approx(losses[1], rel=3e-2)
     assert off < 0.15  # after twelve rounded layers whose sum is larger than what they are added to
 
 
@@ -198,6 +198,19 @@ def test_300_steps_in_fp8_end_where_bf16_ends(tmp_path):
     print("mean loss of the last 20 of 300 steps:", ends)
     for kind in KINDS:
         assert ends[kind] == pytest.approx(ends["none"], rel=0.02)
+
+
+@pytest.mark.parametrize("where", ["[experts, linears]", "[experts]"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_in_fp8_of_two_micro_batches_is_that_of_one(tmp_path, kind, where):
+    """Weights are kept in FP8 between them, and gradients add up within the products."""
+    changes = f"precision.fp8={kind}", f"precision.where={where}", "optimizer.schedule=constant"
+    one, two = (
+        quickstart(tmp_path, f"{size}", *changes, f"train.micro_batch={size}", "train.batch=16", steps=30)
+        for size in (16, 8)
+    )
+    print(kind, where, one[-3:], two[-3:])
+    assert two == pytest.approx(one, rel=0.03)
 
 
 @pytest.mark.parametrize("kind", KINDS)

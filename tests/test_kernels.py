@@ -151,6 +151,19 @@ def test_attention_in_the_sizes_of_training(device, shape):
         assert ours < max(5e-3, 1.2 * theirs)
 
 
+def test_one_text_and_one_mask_may_be_all_images(device):
+    query, keys = normal(3, 20, 2, 2, 16, device=device), normal(1, 12, 2, 2, 16, device=device, seed=1)
+    mask = torch.arange(12, device=device)[None, None, None] < 9
+
+    def attend(query, keys):
+        if kernels.use_triton(query):
+            return attention.cross_attention(query, keys, mask)
+        return attention.cross_attention(query, keys.expand(3, -1, -1, -1, -1), mask)
+
+    with patch.object(attention, "takes", lambda query: kernels.use_triton(query)):
+        assert_alike(attend, query, keys, tolerance=PRECISE)
+
+
 def test_attention_reads_a_projection_where_it_lies(device):
     """Strided queries, as a split of the projection's rows leaves them."""
     wide = normal(2, 20, 3 * 4 * 16, device=device)

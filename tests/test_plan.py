@@ -16,7 +16,7 @@ from ecdit.recipe_io import load_recipe, parse_recipe
 from launcher.plan import plan
 from launcher.plan.gpus import GPUS, load
 from launcher.plan.memory import both_buffers, buffers, static
-from launcher.plan.search import best_layout, search
+from launcher.plan.search import best_layout, candidates, changes, search
 from launcher.plan.spread import Place
 from launcher.plan.stage import stage
 from launcher.plan.trace import trace
@@ -186,6 +186,16 @@ def test_search_ranks_valid_layouts_that_fit():
     for made in found:
         assert made.margin >= 0 and made.ranks == 4
         parse_recipe(made.recipe.model_dump(mode="json"), "a plan's recipe")
+
+
+def test_a_graph_keeps_no_pipeline_from_being_searched():
+    """Stages wait for each other, so no graph goes with them: it is left out there, and the overrides say so."""
+    recipe = load_recipe(ROOT / "recipes/xl_8e.yaml", ["train.batch=256"])
+    assert recipe.train.graph
+    staged = [made for made in candidates(recipe, 4, 4) if made.parallel.pipeline == 2]
+    assert staged and all("train.graph=false" in changes(recipe, made) for made in staged)
+    alone = [made for made in candidates(recipe, 4, 4) if made.parallel.pipeline == 1]
+    assert alone and all(made.train.graph for made in alone)
 
 
 @settings(max_examples=10, deadline=None)

@@ -67,6 +67,7 @@ def _micro_batches(recipe: Recipe, data_ranks: int) -> list[int]:
 def _changed(recipe: Recipe, parallel: dict, micro: int, recompute: str) -> Recipe | None:
     values = recipe.model_dump(mode="json") | {"parallel": parallel}
     values["train"] |= {"micro_batch": micro, "recompute": recompute}
+    values["train"]["graph"] &= parallel["pipeline"] == 1  # stages wait for each other
     try:
         return parse_recipe(values, "a layout")
     except UserError:
@@ -135,7 +136,7 @@ def nearest(recipe: Recipe, ranks: int, gpus_per_node: int) -> Recipe:
 def changes(before: Recipe, after: Recipe) -> list[str]:
     """Overrides that make one layout of a recipe of another."""
     pairs = [("parallel", key) for key in type(before.parallel).model_fields]
-    pairs += [("train", key) for key in ("micro_batch", "recompute")]
+    pairs += [("train", key) for key in ("micro_batch", "recompute", "graph")]
     found = []
     for section, key in pairs:
         old, new = (getattr(getattr(recipe, section), key) for recipe in (before, after))

@@ -152,7 +152,7 @@ class _Row(Linear):
         self._wire, self._sequence = wire, sequence
 
     def forward(self, x: Tensor) -> Tensor:
-        wire, y = self._wire, super().forward(x)
+        wire, y = self._wire, F.linear(x, self.weight)  # a library's, which returns its gradient
         if self._sequence:
             return _Collective.apply(y, wire.scatter_sum, wire.gather)
         return _Collective.apply(y, wire.sum, lambda grad: grad)

@@ -18,10 +18,13 @@ PROBE_ROWS = 128
 
 
 class TransformerEngineLinears:
-    """Transformer Engine's, which compute in FP8 where `fp8` says so."""
+    """Transformer Engine's, which compute in FP8 where `fp8` says so. sums: whether products may add weight gradients
+    to their sums. Under recomputation they may not: the library then has another tensor than the weight, and DDP's hook
+    gets no gradient."""
 
-    def __init__(self, group: dist.ProcessGroup, sequence: bool, fp8: Fp8):
+    def __init__(self, group: dist.ProcessGroup, sequence: bool, fp8: Fp8, sums: bool):
         self.group, self.sequence, self.fp8, self.in_fp8 = group, sequence, fp8, "linears" in fp8.where
+        self.sums = sums
 
     def column(self, fan_in: int, fan_out: int, *, std: float | None = None) -> nn.Module:
         return self._make(fan_in, fan_out, "column", 0, std)
@@ -42,7 +45,7 @@ class TransformerEngineLinears:
             params_dtype=torch.float32,
             device=torch.empty(0).device,  # the context's, as for every other parameter
         )
-        linear.in_fp8, linear.kept = self.in_fp8, Kept(self.fp8)
+        linear.in_fp8, linear.kept, linear.sums = self.in_fp8, Kept(self.fp8), self.sums
         return describe_linear(linear, fan_in, fan_out, dim=dim, rank=self.group.rank(), std=std)
 
 
@@ -54,7 +57,7 @@ class Linear(te.Linear):
     products, first_product, all_products = 1, 0, 1
 
     def forward(self, x: Tensor) -> Tensor:
-        self.fuse_wgrad_accumulation = sum_of(self.weight) is not None
+        self.fuse_wgrad_accumulation = self.sums and sum_of(self.weight) is not None
         if self.in_fp8:
             training = torch.is_grad_enabled() and x.requires_grad
             return super().forward(x, is_first_microbatch=self.kept.stale() if training else None)

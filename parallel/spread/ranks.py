@@ -21,7 +21,7 @@ class RankSpread(Spread):
 
     `linears`: "torch" (megatron-core's where they are split) or "transformer_engine". `dispatch_chunks`: parts in
     which tokens travel to their experts, and `dispatch_fp8`: whether as FP8. `fp8`: what computes in it, which makes
-    those parts Transformer Engine's.
+    those parts Transformer Engine's. `recomputed`: whether blocks are, in the backward pass.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class RankSpread(Spread):
         dispatch_chunks: int = 1,
         dispatch_fp8: bool = False,
         fp8: Fp8 | None = None,
+        recomputed: bool = False,
     ):
         self.fp8, self.dispatch_fp8 = fp8 or Fp8(), dispatch_fp8
         self._topology, self._chunks = topology, dispatch_chunks
@@ -44,7 +45,7 @@ class RankSpread(Spread):
         if linears == "transformer_engine" or "linears" in self.fp8.where:
             from parallel.layers.transformer_engine import TransformerEngineLinears  # needs the extra, and a GPU
 
-            self.linears = TransformerEngineLinears(self._tensor, self.sequence, self.fp8)
+            self.linears = TransformerEngineLinears(self._tensor, self.sequence, self.fp8, not recomputed)
         elif self.tensor_ranks > 1:
             self.linears = MegatronLinears(self._tensor, self.sequence)
         else:

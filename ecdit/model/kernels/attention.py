@@ -39,6 +39,8 @@ def cross_attention(query: Tensor, key_value: Tensor, mask: Tensor) -> Tensor:
     """query (B, S, KV, R, d), key_value (B, L, KV, 2, d), mask (B, 1, 1, L), True where a key is real ->
     (B, S, KV R d). What sees no key at all is zero."""
     if takes(query):
+        # one text, or one mask, may be all images'
+        key_value, mask = (x.expand(len(query), *x.shape[1:]) for x in (key_value, mask))
         return _Attend.apply(query, key_value, mask.flatten(1))
     return attend(*_parts(query, key_value), mask)
 
