@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.budget import NOTHING, Asked, Step, Variant, compare
 from benchmarks.harness import Row, device_here
-from benchmarks.peers import FP8_KINDS, GPU, PlainBlock, differentiated, in_fp8, randomized
+from benchmarks.peers import FP8_KINDS, GPU, PlainBlock, differentiated, first_region, in_fp8, randomized
 from ecdit import reference
 from ecdit.model.block import Block
 from ecdit.model.moe import Moe
@@ -100,8 +100,7 @@ def _in_fp8(kind: str, sparse: bool) -> Iterator[Step]:
     with in_fp8(kind, lambda spread: _block(spread, sparse)) as (block, fp8):
 
         def forward(*inputs) -> Tensor:
-            fp8.weights_changed()  # as in a step's first micro-batch, which casts them
-            with fp8.region():
+            with first_region(fp8):
                 return block(*inputs)[0]
 
         yield _step(block, forward)

@@ -174,11 +174,11 @@ def _attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:
     Of several ranks one may fail alone, and the others would wait for it: what not all refuse ends the job."""
     try:
         return function(), None
+    except UserError as error:
+        return None, " ".join(str(error).split())
     except Exception as error:  # libraries' errors are of many kinds; a variant's failure is a finding
-        if _several_ranks() and not isinstance(error, UserError):
+        if _several_ranks():
             raise
-        if isinstance(error, UserError):
-            return None, " ".join(str(error).split())
         return None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 

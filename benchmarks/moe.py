@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.budget import NOTHING, Asked, Step, Variant, compare
 from benchmarks.harness import Row, device_here
-from benchmarks.peers import FP8_KINDS, GPU, algorithm_1, differentiated, here, in_fp8, randomized
+from benchmarks.peers import FP8_KINDS, GPU, algorithm_1, differentiated, first_region, here, in_fp8, randomized
 from ecdit.model.experts import Ffn
 from ecdit.model.moe import Moe
 from parallel.spread import Spread
@@ -75,8 +75,7 @@ def _layer_fp8(kind: str, width: int, experts: int) -> Iterator[Step]:
     with in_fp8(kind, lambda spread: _moe(width, experts, spread)) as (moe, fp8):
 
         def forward(x: Tensor) -> Tensor:
-            fp8.weights_changed()  # as in a step's first micro-batch, which casts them
-            with fp8.region():
+            with first_region(fp8):
                 return moe(x, T)[0]
 
         yield differentiated(forward, [_tokens(width, G, T)], list(moe.parameters()))

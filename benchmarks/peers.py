@@ -5,7 +5,7 @@ Shapes: `G` routing groups, `T` tokens of a group, `B` images, `S` tokens of an 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +93,12 @@ def randomized(module: nn.Module) -> nn.Module:
 def here() -> Topology:
     """All ranks of this job as data ranks, or this process alone."""
     return start_ranks(Layout(), timeout_minutes=10.0)
+
+
+def first_region(fp8: Fp8) -> AbstractContextManager:
+    """Around a forward pass as of a step's first micro-batch, which casts the weights."""
+    fp8.weights_changed()
+    return fp8.region()
 
 
 @contextmanager

@@ -32,13 +32,6 @@ TOLERANCE = {torch.float32: PRECISE, torch.bfloat16: ROUNDED}
 TYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    if (request.param == "cuda") != torch.cuda.is_available():
-        pytest.skip("no GPU" if request.param == "cuda" else "these run on the GPU, with -m gpu")
-    return request.param
-
-
 def normal(*shape, device, dtype=torch.float32, seed=0):
     """The same numbers on every device."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)

@@ -31,13 +31,6 @@ RECIPE = ModelRecipe(**(TINY | {"group_tokens": 32}))
 IMAGES = 8  # of a step; two fill a group
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    if (request.param == "cuda") != torch.cuda.is_available():
-        pytest.skip("no GPU" if request.param == "cuda" else "these run on the GPU, with -m gpu")
-    return request.param
-
-
 def summed(weight):
     """The same values with a sum, as megatron-core's DDP makes one."""
     weight = weight.detach().clone().requires_grad_()

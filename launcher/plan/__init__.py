@@ -22,9 +22,8 @@ from launcher.plan.traffic import Collective, collectives, hide_behind
 from parallel.topology import Layout, LayoutError
 
 BACKWARD_SHARE = 2 / 3  # of a micro-batch's time
-UPDATE_BYTES = (
-    48  # read and written for an element of the optimizer's slice, without the model's weight: norm, two passes
-)
+# read and written for an element of the optimizer's slice, by the norm and both passes, without the model's weight
+UPDATE_BYTES = 48
 AUTOENCODER_FLOPS = 0.27e12 / 256**2  # of an AutoencoderKL of the usual widths, for a pixel
 
 

@@ -48,9 +48,8 @@ GPUS = {
     "h100": Gpu("h100", 80 * GB, 989e12, 67e12, 3.35e12, 450e9, 50e9, fp8=1979e12),
     "h200": Gpu("h200", 141 * GB, 989e12, 67e12, 4.8e12, 450e9, 50e9, fp8=1979e12),
     "b200": Gpu("b200", 180 * GB, 2250e12, 80e12, 7.7e12, 900e9, 50e9, fp8=4500e12),
-    "rtx4090": Gpu(
-        "rtx4090", 24 * GB, 165e12, 83e12, 1.01e12, 25e9, 12.5e9, fp8=330e12
-    ),  # without NVLink: through PCIe
+    # without NVLink: through PCIe
+    "rtx4090": Gpu("rtx4090", 24 * GB, 165e12, 83e12, 1.01e12, 25e9, 12.5e9, fp8=330e12),
 }
 
 

@@ -29,9 +29,7 @@ def forward(
     result = tl.zeros((ROWS, D), tl.float32)
     for first in range(0, L, KEYS):
         place = image * k_image + head // R * k_group
-        keys = _rows(key + place, first, L, k_token, D, KEYS)
-        values = _rows(value + place, first, L, k_token, D, KEYS)
-        seen = _seen(mask, image * L, first, L, MASKED, KEYS)
+        keys, values, seen = _block(key + place, value + place, mask, image * L, first, L, k_token, D, MASKED, KEYS)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
         scores = tl.where(seen[None, :], scores, -float("inf"))
         higher = tl.maximum(most, tl.max(scores, 1))
@@ -60,9 +58,7 @@ def backward(
     first, group, image = tl.program_id(0) * KEYS, tl.program_id(1), tl.program_id(2).to(tl.int64)
     column = tl.arange(0, D)
     place = image * k_image + group * k_group
-    keys = _rows(key + place, first, L, k_token, D, KEYS)
-    values = _rows(value + place, first, L, k_token, D, KEYS)
-    seen = _seen(mask, image * L, first, L, MASKED, KEYS)
+    keys, values, seen = _block(key + place, value + place, mask, image * L, first, L, k_token, D, MASKED, KEYS)
     of_keys, of_values = tl.zeros((KEYS, D), tl.float32), tl.zeros((KEYS, D), tl.float32)
     blocks = tl.cdiv(S, ROWS)
     for i in range(0, R * blocks):
@@ -99,9 +95,7 @@ def backward_queries(
     found = tl.zeros((ROWS, D), tl.float32)
     for first in range(0, L, KEYS):
         place = image * k_image + head // R * k_group
-        keys = _rows(key + place, first, L, k_token, D, KEYS)
-        values = _rows(value + place, first, L, k_token, D, KEYS)
-        seen = _seen(mask, image * L, first, L, MASKED, KEYS)
+        keys, values, seen = _block(key + place, value + place, mask, image * L, first, L, k_token, D, MASKED, KEYS)
         _, _, _, of_scores = _scores(at, out, log_sum, grad, of_head, row, S, q_token, keys, values, seen, scale, D)
         found = tl.dot(of_scores, keys, found, input_precision="ieee")
     to = grad_query + image * gq_image + head // R * gq_group + head % R * gq_head
@@ -109,20 +103,17 @@ def backward_queries(
 
 
 @triton.jit
-def _rows(x, first, L, stride, D: tl.constexpr, KEYS: tl.constexpr):
-    """A block of keys or values (KEYS, D), zeros where there are no more."""
-    token = first + tl.arange(0, KEYS)
-    return tl.load(x + token[:, None] * stride + tl.arange(0, D)[None, :], mask=(token < L)[:, None], other=0.0)
-
-
-@triton.jit
-def _seen(mask, at, first, L, MASKED: tl.constexpr, KEYS: tl.constexpr):
-    """Which keys of a block are to be seen (KEYS,). at: where the image's mask begins."""
+def _block(key, value, mask, at, first, L, stride, D: tl.constexpr, MASKED: tl.constexpr, KEYS: tl.constexpr):
+    """A block of keys and of values (KEYS, D), zeros where there are no more, and which are to be seen (KEYS,). at:
+    where the image's mask begins."""
     token = first + tl.arange(0, KEYS)
     seen = token < L
+    place = token[:, None] * stride + tl.arange(0, D)[None, :]
+    keys = tl.load(key + place, mask=seen[:, None], other=0.0)
+    values = tl.load(value + place, mask=seen[:, None], other=0.0)
     if MASKED:
         seen = seen & (tl.load(mask + at + token, mask=seen, other=0) != 0)
-    return seen
+    return keys, values, seen
 
 
 @triton.jit
