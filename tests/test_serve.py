@@ -95,6 +95,7 @@ def test_a_browser_sees_the_picture_appear(runs, capfd):
             asked = set()
             page.on("request", lambda request: asked.add(request.url.split("/")[2]))
             page.goto(f"http://127.0.0.1:{port}")
+            page.wait_for_load_state("networkidle", timeout=60_000)  # gradio sets the fields once more while it loads
             page.get_by_label("Prompt").fill("two blue squares")
             page.get_by_label("Seed").fill("7")
             page.get_by_label("number input for Steps").fill("120")
