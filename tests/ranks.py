@@ -5,17 +5,26 @@ import pickle
 import socket
 import traceback
 from collections.abc import Callable
+from itertools import count
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+
+_ports = count(os.getpid())
 
 
 def run_on_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
     """Calls function(*args) on `world` ranks and returns what each returned. An error on one is raised here."""
     queue = _server().SimpleQueue()
     processes = start_ranks(function, world, free_port(), queue, args)
-    answers = dict(_next(queue) for _ in processes)
+    try:
+        answers = _answers(queue, processes)
+    except AssertionError:
+        for process in processes:  # which may wait for the one that failed
+            process.kill()
+        raise
     for process in processes:
         process.join(60)
     return [answers[rank] for rank in range(world)]
@@ -51,17 +60,33 @@ def _server() -> Any:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on. Below those that connections are given, any of which may be taken before it is
+    used, and another one each time, of this test worker's own."""
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = 12_000 + 2000 * (number % 10) + next(_ports) % 2000
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
 
 
-def _next(queue: Any) -> tuple[int, Any]:
-    rank, answer, error = queue.get()
-    if error is not None:
-        raise AssertionError(f"rank {rank} failed:\n{error}")
-    return rank, pickle.loads(answer)
+def _answers(queue: Any, processes: list[mp.Process]) -> dict[int, Any]:
+    """Every rank's, by its number."""
+    answers: dict[int, Any] = {}
+    while len(answers) < len(processes):
+        waiting = {process.sentinel: rank for rank, process in enumerate(processes) if rank not in answers}
+        ready = wait([queue._reader, *waiting])
+        if queue._reader not in ready:
+            rank = waiting[ready[0]]
+            raise AssertionError(f"rank {rank} ended with exit code {processes[rank].exitcode} and said nothing")
+        rank, answer, error = queue.get()
+        if error is not None:
+            raise AssertionError(f"rank {rank} failed:\n{error}")
+        answers[rank] = pickle.loads(answer)
+    return answers
 
 
 def _rank(

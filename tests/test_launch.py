@@ -232,7 +232,7 @@ def test_a_killed_command_is_started_again_and_a_stopped_one_is_not(shapes, tmp_
 
 
 def test_a_rank_that_hangs_ends_the_run_with_everyones_stacks(shapes, tmp_path):
-    hang = ["cluster.hang.seconds=3", "cluster.hang.times_median=2"]
+    hang = ["cluster.hang.seconds=10", "cluster.hang.times_median=2"]
     keys = [ROOT / "recipes/quickstart.yaml", *TINY, shapes, *LONG, *hang, "--runs", tmp_path]
     port = free_port()
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
