@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -9,6 +10,9 @@ from torch import Tensor
 WARM_UP = 2  # calls before the capture: kernels are compiled, and memory and handles made, that a capture cannot make
 
 Lot = tuple[Tensor, ...]
+
+
+_made: WeakSet["Graphed"] = WeakSet()
 
 
 class GraphError(Exception):
@@ -28,6 +32,7 @@ class Graphed:
         self._key: Hashable = None
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
+        _made.add(self)
 
     def __call__(self, key: Hashable, numbers: Tensor, lots: Iterable[Lot]) -> Tensor:
         """Raises GraphError where the function cannot be captured."""
@@ -58,6 +63,21 @@ class Graphed:
         except RuntimeError as error:
             raise GraphError(str(error).splitlines()[0]) from error
         self._graph = graph
+
+    def release(self) -> None:
+        """Gives the graph up; the next call makes another."""
+        self._key = None
+        if self._graph is not None:
+            torch.cuda.synchronize()
+            self._graph.reset()
+            self._graph = None
+
+
+def release_all() -> None:
+    """Gives all graphs up, as must be before process groups are left: NCCL waits for those that hold its collectives,
+    for ever."""
+    for graphed in list(_made):
+        graphed.release()
 
 
 def own_stream(device: torch.device) -> AbstractContextManager:

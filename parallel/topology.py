@@ -30,7 +30,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from parallel import cpu
+from parallel import cpu, graph
 from parallel.watchdog import record_collectives
 
 _job: dict[str, dist.Store] = {}  # torch keeps the groups of a process, but not its store
@@ -218,6 +218,7 @@ def _gpu(local_rank: int) -> torch.device:
 
 def stop() -> None:
     """Leaves the job: destroys the groups, so that a process may start again or end quietly."""
+    graph.release_all()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
