@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.budget import NOTHING, Asked, Step, Variant, compare
@@ -21,9 +20,11 @@ from benchmarks.peers import GPU, STD, differentiated
 from ecdit.model.experts import batched_ffn
 from ecdit.model.kernels import slots
 from ecdit.model.router import RoutingPlan, expert_choice
+from parallel.copy_engines import between
 from parallel.dispatch import Exchange
 from parallel.topology import Layout, Topology
 from parallel.topology import start as start_ranks
+from parallel.transport import Collective, Transport
 
 N, T, D, E = (65_536, 1024, 2304, 32) if GPU else (2048, 256, 128, 8)
 TYPE = torch.bfloat16 if GPU else torch.float32
@@ -31,6 +32,8 @@ FACTOR = 2
 CALLS = 10 if GPU else 4  # of what takes little time, in one that is timed
 CHUNKS = (1, 2, 4)
 SECONDS = 12.0 if GPU else 6.0
+
+Carry = Callable[[int], Transport]  # of a box's number
 
 
 def rows(asked: Asked = NOTHING) -> list[Row]:
@@ -110,39 +113,56 @@ def _without_gradient(function: Callable[[], object]) -> Step:
 
 
 def _between(topology: Topology, seconds: float) -> list[Row]:
-    """All ranks as one expert-parallel group, whose experts are of the model's own shapes."""
-    ranks = topology.ranks
+    """All ranks as one expert-parallel group, whose experts are of the model's own shapes. Where copy engines carry the
+    rows, against NCCL."""
+    ranks, group = topology.ranks, topology.groups.ep
+    engines, _ = between(group, 2 * CHUNKS[-1], topology.device)
+    ours, theirs = engines and engines.box, lambda _box: Collective(group)
     kind = str(TYPE).removeprefix("torch.")
-    alone, travel = "experts alone", f"gather, all-to-all, combine, {kind}"
+    alone, travel, crossing = "experts alone", f"gather, all-to-all, combine, {kind}", f"all-to-all alone, {kind}"
+    whole, by = f"{travel}, with experts", ", by NCCL" if engines else ""
+
+    def in_chunks(count: int) -> str:
+        return f"{whole}, {count} chunks"
+
     variants = [
-        Variant(f"{travel}, with experts", lambda: _way(topology, 1, compute=True)),
-        Variant(travel, lambda: _way(topology, 1, compute=False)),
+        Variant(whole, lambda: _way(topology, 1, ours, compute=True)),
+        Variant(travel, lambda: _way(topology, 1, ours, compute=False)),
         Variant(alone, lambda: _experts_alone(ranks)),
         *(
-            Variant(
-                f"{travel}, with experts, {chunks} chunks",
-                lambda chunks=chunks: _way(topology, chunks, compute=True),
-                f"{travel}, with experts",
-            )
-            for chunks in CHUNKS[1:]
+            Variant(in_chunks(n), lambda n=n: _way(topology, n, ours, compute=True), whole)  # type: ignore[misc]
+            for n in CHUNKS[1:]
         ),
-        Variant(f"all-to-all alone, {kind}", lambda: _all_to_all(topology, TYPE)),
-        Variant("all-to-all alone, FP8", lambda: _all_to_all(topology, torch.uint8), f"all-to-all alone, {kind}"),
     ]
-    found = compare(variants, seconds, TYPE)
-    _tell_hidden({row.name: row for row in found}, travel, alone)
-    for row, size in ((found[-2], TYPE.itemsize), (found[-1], 1)):
-        if row.milliseconds:
+    if engines:
+        variants += [
+            Variant(whole + by, lambda: _way(topology, 1, theirs, compute=True), whole),
+            Variant(travel + by, lambda: _way(topology, 1, theirs, compute=False), travel),
+            Variant(in_chunks(2) + by, lambda: _way(topology, 2, theirs, compute=True), in_chunks(2)),
+            Variant(crossing, lambda: _all_to_all(topology, TYPE, ours)),
+        ]
+    variants += [
+        Variant(crossing + by, lambda: _all_to_all(topology, TYPE, theirs), crossing if by else None),
+        Variant(f"all-to-all alone, FP8{by}", lambda: _all_to_all(topology, torch.uint8, theirs), crossing + by),
+    ]
+    found = {row.name: row for row in compare(variants, seconds, TYPE)}
+    for carried in {"", by}:
+        _tell_hidden(found, whole, carried, found[travel + carried], found[alone])
+    for name, row in found.items():
+        if name.startswith("all-to-all alone") and row.milliseconds:
+            size = 1 if "FP8" in name else TYPE.itemsize
             row.about["GB/s"] = 1e-6 * FACTOR * N * D * size * (ranks - 1) / ranks / row.milliseconds
-    return found
+    return list(found.values())
 
 
-def _tell_hidden(rows: dict[str, Row], travel: str, alone: str) -> None:
+def _tell_hidden(rows: dict[str, Row], whole: str, by: str, way: Row, alone: Row) -> None:
     """Of the way's time, the share that the experts' time covers."""
-    way, compute = rows[travel].milliseconds, rows[alone].milliseconds
     for name, row in rows.items():
-        if name.startswith(f"{travel}, with experts") and None not in (way, compute, row.milliseconds):
-            row.about["of the way hidden"] = (way + compute - row.milliseconds) / way
+        carried = name.startswith(whole) and ("NCCL" in name) == ("NCCL" in by)
+        if carried and None not in (way.milliseconds, alone.milliseconds, row.milliseconds):
+            row.about["of the way hidden"] = (
+                way.milliseconds + alone.milliseconds - row.milliseconds
+            ) / way.milliseconds
 
 
 def _weights(ranks: int) -> tuple[Tensor, Tensor]:
@@ -153,8 +173,8 @@ def _weights(ranks: int) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _way(topology: Topology, chunks: int, *, compute: bool) -> Iterator[Step]:
-    exchange, plan = Exchange(topology.groups, E, chunks), _plan()
+def _way(topology: Topology, chunks: int, carry: Carry | None, *, compute: bool) -> Iterator[Step]:
+    exchange, plan = Exchange(topology.groups, E, chunks, carry), _plan()
     plan.arrange(exchange.arrange)
     where, gate = plan.slot_map(), plan.gate.detach()
     up, down = _weights(topology.ranks)
@@ -177,8 +197,14 @@ def _experts_alone(ranks: int) -> Iterator[Step]:
 
 
 @contextmanager
-def _all_to_all(topology: Topology, dtype: torch.dtype) -> Iterator[Step]:
-    """Slots' rows one way. FP8 travels as bytes."""
-    rows = torch.ones(FACTOR * N, D, device=device_here(), dtype=dtype)
+def _all_to_all(topology: Topology, dtype: torch.dtype, carry: Carry) -> Iterator[Step]:
+    """The others' share of the slots' rows, one way. FP8 travels as bytes."""
+    ranks, transport = topology.ranks, carry(0)
+    rows = torch.ones(ranks - 1, FACTOR * N // ranks, D, device=device_here(), dtype=dtype)
     arriving = torch.empty_like(rows)
-    yield lambda: dist.all_to_all_single(arriving, rows, group=topology.groups.ep)
+
+    def step() -> None:
+        transport.start([rows], [arriving], [])
+        transport.land()
+
+    yield step

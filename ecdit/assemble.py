@@ -100,6 +100,8 @@ def assemble_model(recipe: Recipe, place: Topology) -> EcDit:
     model.to(DTYPES[recipe.train.precision])
     for message in fp8.prepare(model):
         print(message, file=sys.stderr)
+    if spread.told and place.first:
+        print(spread.told, file=sys.stderr)
     return model
 
 

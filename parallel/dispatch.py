@@ -7,13 +7,15 @@ chunk travel while those of one are computed.
 
 Order of the slots on the wire: by chunk, then by owner (the other ranks ascending, then this one), then by the
 owner's experts of that chunk, then by row. `arrange` brings a routing plan into it, so that gathering the tokens of
-the slots writes the send buffer directly.
+the slots writes what is sent.
 
 Rows may travel to their experts as FP8, each with its scale; results and gradients travel in the model's type.
 
 Shapes: `E` experts, `R` slots of an expert here, `M = E R`, `D` hidden, `n` expert-parallel ranks, `e` experts of a
-rank and chunk.
+rank and chunk, `c` chunks.
 """
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,57 +23,60 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
-from parallel.fp8_rows import FP8, Fp8Rows, carrier, plain, widen
+from parallel.fp8_rows import Fp8Rows, plain, widen_into
 from parallel.spread import ExpertFunction
+from parallel.transport import Collective, Transport
+
+Between = Callable[..., Sequence[Tensor]]  # of the ways there and back, and what departed of each chunk
 
 
 class Exchange:
-    """Rows to the experts of all expert-parallel ranks and back."""
+    """Rows to the experts of all expert-parallel ranks and back. `transport`: makes what carries the rows of a box,
+    there or back, of a chunk; None: a collective of the group."""
 
-    def __init__(self, groups: ProcessGroupCollection, experts: int, chunks: int = 1):
-        self._group, self._expert_tensor, self.chunks = groups.ep, groups.expt_tp, chunks
-        self._ranks, self._me = groups.ep.size(), groups.ep.rank()
-        self._experts = experts // self._ranks // chunks  # e
-        self._splits = [int(rank != self._me) for rank in range(self._ranks)]  # in units of e R rows
+    def __init__(
+        self,
+        groups: ProcessGroupCollection,
+        experts: int,
+        chunks: int = 1,
+        transport: Callable[[int], Transport] | None = None,
+    ):
+        self._expert_tensor, self._split, self.chunks = groups.expt_tp, groups.expt_tp.size() > 1, chunks
+        self.ranks, self._me = groups.ep.size(), groups.ep.rank()
+        self.experts = experts // self.ranks // chunks  # e
         self._span = _tensor_peers(groups)
+        self.transport = transport or (lambda _box: Collective(groups.ep))
 
     def arrange(self, of_slot: Tensor) -> Tensor:
         """Values of slots (E R,), expert-major, in the order of the wire."""
-        return self._me_last(of_slot.view(self._ranks, self.chunks, -1), 0).transpose(0, 1).reshape(-1)
+        return self._me_last(of_slot.view(self.ranks, self.chunks, -1), 0).transpose(0, 1).reshape(-1)
 
-    def __call__(self, rows: Tensor | Fp8Rows, experts: ExpertFunction, *, spanning: bool = False) -> Tensor:
+    def __call__(
+        self,
+        rows: Tensor | Fp8Rows,
+        experts: ExpertFunction,
+        *,
+        spanning: bool = False,
+        between: Between | None = None,
+    ) -> Tensor:
         """Computes every slot's row by its expert, wherever that is. rows (M, D), in the order of the wire -> (M, D).
 
         `spanning`: tensor ranks have tokens of the same groups, so a slot's row comes from one of them and zeros from
-        the others; they are summed before the expert, which then has no more rows than it would.
+        the others; they are summed before the expert, which then has no more rows than it would. `between`: computes
+        all chunks by itself, where nothing but `experts` is to be done to their rows.
         """
-        size = rows.shape[0] // self._ranks // self.chunks  # rows of one owner and chunk
-        pieces = rows.split([(self._ranks - 1) * size, size] * self.chunks)
-        remote, own = list(pieces[::2]), pieces[1::2]
-        there, back = ([self._flight(size) for _ in range(self.chunks)] for _ in range(2))
-        remote = [self._launch(part, flight) for part, flight in zip(remote, there, strict=True)]
+        if self.ranks == 1:
+            parts = plain(rows).view(self.chunks, self.experts, -1, rows.shape[-1])
+            return torch.cat([self._over_expert_tensor(x, experts, c).flatten(0, 1) for c, x in enumerate(parts)])
+        there, back = (Way(self, first) for first in (0, self.chunks))
+        sent = _Depart.apply(there, *(rows if isinstance(rows, Fp8Rows) else (rows, None, None)))
+        if between is not None and not self._split and not (spanning and self._span > 1):
+            return _Home.apply(back, *between(there, back, *sent))
         results = []
         for c in range(self.chunks):
-            arrived = self._land(remote[c], there[c])
-            x = torch.cat([_by_expert(part, self._experts, size) for part in (arrived, plain(own[c]))], dim=1)
-            y = self._compute(x, experts, c, spanning).transpose(0, 1)  # (n, e, R, D)
-            # one split, whose gradient is one concatenation; slices would each fill a whole tensor with zeros
-            others, mine = y.split([self._ranks - 1, 1])
-            results.append((self._launch(others.flatten(0, 2), back[c]), mine.flatten(0, 2)))
-        landed = [(self._land(there, flight), here) for (there, here), flight in zip(results, back, strict=True)]
-        return torch.cat([part for pair in landed for part in pair])
-
-    def _flight(self, size: int) -> "_Flight | None":
-        """None where there is nobody to send to."""
-        return _Flight(self._group, [size * n for n in self._splits]) if self._ranks > 1 else None
-
-    def _launch(self, rows: Tensor | Fp8Rows, flight: "_Flight | None") -> Tensor:
-        if flight is None:
-            return plain(rows)
-        return _Launch.apply(*rows, flight) if isinstance(rows, Fp8Rows) else _Launch.apply(rows, None, None, flight)
-
-    def _land(self, arriving: Tensor, flight: "_Flight | None") -> Tensor:
-        return arriving if flight is None else _Land.apply(arriving, flight)
+            x = _Enter.apply(there, c, sent[c])
+            results.append(_Leave.apply(back, c, self._compute(x, experts, c, spanning)))
+        return _Home.apply(back, *results)
 
     def _compute(self, x: Tensor, experts: ExpertFunction, chunk: int, spanning: bool) -> Tensor:
         """x (e, n, R, D), this rank's rows last -> the same shape."""
@@ -84,25 +89,19 @@ class Exchange:
 
     def _me_last(self, x: Tensor, dim: int) -> Tensor:
         """Parts of all ranks along a dimension, ascending -> the others ascending, then this one."""
-        before, own, after = x.split([self._me, 1, self._ranks - 1 - self._me], dim=dim)
+        before, own, after = x.split([self._me, 1, self.ranks - 1 - self._me], dim=dim)
         return torch.cat([before, after, own], dim=dim)
 
     def _over_expert_tensor(self, x: Tensor, experts: ExpertFunction, chunk: int) -> Tensor:
         """Each rank has a slice of the hidden layer of its experts, so it computes all ranks' rows and the results are
         summed. x (e, rows, D) -> (e, rows, D)."""
-        group = self._expert_tensor
-        if group.size() == 1:
+        if not self._split:
             return experts(x, chunk)
-        rows = x.shape[1]
+        rows, group = x.shape[1], self._expert_tensor
         everyone = mappings.gather_from_sequence_parallel_region(x.transpose(0, 1).contiguous(), group=group)
         y = experts(everyone.transpose(0, 1).contiguous(), chunk)
         y = mappings.reduce_scatter_to_sequence_parallel_region(y.transpose(0, 1).contiguous(), group=group)
         return y.view(rows, *x.shape[::2]).transpose(0, 1).contiguous()
-
-
-def _by_expert(rows: Tensor, experts: int, size: int) -> Tensor:
-    """Rows of some sources, source-major, (sources * e * R, D) -> a view (e, sources, R, D)."""
-    return rows.view(-1, experts, size // experts, rows.shape[-1]).transpose(0, 1)
 
 
 def _tensor_peers(groups: ProcessGroupCollection) -> int:
@@ -111,74 +110,117 @@ def _tensor_peers(groups: ProcessGroupCollection) -> int:
     return len(set(expert) & set(tensor))
 
 
-class _Flight:
-    """One chunk's all-to-all, forward and later backward: the same splits both ways."""
-
-    def __init__(self, group: dist.ProcessGroup, splits: list[int]):
-        self._group, self._splits = group, splits
-        self._arriving: list[tuple[dist.Work, Tensor]] = []
-
-    def start(self, *parts: Tensor) -> Tensor:
-        """Sends rows, or several tensors that make them up, ordered by the rank that they are for; returns the buffer
-        that the first of theirs arrives in."""
-        for part in parts:
-            arriving = torch.empty_like(part, memory_format=torch.contiguous_format)
-            work = dist.all_to_all_single(
-                _bytes(arriving),
-                _bytes(part.contiguous()),
-                self._splits,
-                self._splits,
-                group=self._group,
-                async_op=True,
-            )
-            self._arriving.append((work, arriving))
-        return self._arriving[0][1]
-
-    def land(self) -> list[Tensor]:
-        """What has arrived: what comes after may read it. On a GPU this makes the stream wait, not the host."""
-        arrived = []
-        while self._arriving:
-            work, part = self._arriving.pop(0)
-            work.wait()
-            arrived.append(part)
-        return arrived
+# ------------------------------------------------------------------------------------------------------ one way of it
 
 
-def _bytes(x: Tensor) -> Tensor:
-    """FP8 travels as bytes, for not every library of collectives knows it."""
-    return x.view(torch.uint8) if x.dtype == FP8 else x
+class Way:
+    """The rows of one call on their way to the experts or back, all chunks of them. Who has tokens lets them `depart`
+    and takes them `home`; who has experts lets them `enter` and `leave`, a chunk at a time."""
+
+    def __init__(self, exchange: Exchange, first_box: int):
+        self._ranks, self._experts, self.chunks = exchange.ranks, exchange.experts, exchange.chunks
+        self._boxes = [exchange.transport(first_box + c) for c in range(self.chunks)]
+        self._coming: list[Tensor] = []  # what departed: (c, e, n, R, ...), this rank's rows last
+        self._whole: Tensor | None = None
+        self._to_enter = 0  # chunks
+        self._home: Tensor | None = None  # (c, n, e, R, D)
+
+    def depart(self, *parts: Tensor) -> None:
+        """Rows in the order of the wire, or their FP8 numbers and scales: (M, D) or (M,) each."""
+        views = [part.contiguous().view(self.chunks, self._ranks, self._experts, -1, *part.shape[1:]) for part in parts]
+        self._coming = [x.new_empty(self.chunks, self._experts, self._ranks, *x.shape[3:]) for x in views]
+        self._to_enter = self.chunks
+        for c, box in enumerate(self._boxes):
+            chunk, coming = [x[c] for x in views], [x[c].transpose(0, 1) for x in self._coming]
+            box.start(*_others(chunk, coming), [(to[-1], part[-1]) for to, part in zip(coming, chunk, strict=True)])
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        """What holds all that departed for this rank's experts when all chunks have entered: (c, e, n, R, D)."""
+        if self._whole is None:
+            x, *scale = self._coming
+            self._whole = torch.empty_like(x, dtype=dtype) if scale else x
+        return self._whole
+
+    def enter(self, c: int, dtype: torch.dtype) -> Tensor:
+        """What departed for this rank's experts: (e, n, R, D), its own rows last."""
+        self._boxes[c].land()
+        x, *scale = self._coming
+        entered = self.whole(dtype)[c]
+        if scale:
+            widen_into(entered.flatten(0, 2), x[c].flatten(0, 2), scale[0][c].flatten())
+        self._to_enter -= 1
+        if not self._to_enter:
+            self._coming, self._whole = [], None
+        return entered
+
+    def leave(self, c: int, y: Tensor) -> None:
+        """y (e, n, R, D), its own rows last."""
+        if self._home is None:
+            self._home = y.new_empty(self.chunks, self._ranks, self._experts, *y.shape[2:])
+        by_rank, home = y.transpose(0, 1), self._home[c]
+        self._boxes[c].start(*_others([by_rank], [home]), [(home[-1], by_rank[-1])])
+
+    def home(self) -> Tensor:
+        """What left for this rank: (M, D), in the order of the wire."""
+        for box in self._boxes:
+            box.land()
+        home, self._home = self._home, None
+        return home.flatten(0, 3)
 
 
-class _Launch(torch.autograd.Function):
-    """Sends without waiting, rows or their FP8 numbers and scales. What it returns may be read only after `_Land`; its
-    gradient has landed here, in the type of the rows."""
+def _others(parts: list[Tensor], into: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """All ranks' but this one's, which is the last: (n, ...) -> (n - 1, ...)."""
+    return [part[:-1] for part in parts], [x[:-1] for x in into]
+
+
+# Each of the four is the gradient of another. What one hands the next has travelled apart from autograd, which is given
+# a token of no elements in its place, one a chunk. Autograd runs the last made node first, so backward too all chunks
+# are under way before the first is waited for.
+
+
+class _Depart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, way: Way, rows: Tensor, numbers: Tensor | None, scale: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.way = way
+        way.depart(*((rows,) if numbers is None else (numbers, scale)))
+        return tuple(rows.new_empty(0) for _ in range(way.chunks))
 
     @staticmethod
-    def forward(ctx, rows: Tensor, numbers: Tensor | None, scale: Tensor | None, flight: _Flight) -> Tensor:
-        ctx.flight = flight
-        if numbers is None:
-            return flight.start(rows)
-        flight.start(numbers, scale)
-        return carrier(rows, len(rows))
+    def backward(ctx, *_tokens: Tensor):
+        return None, ctx.way.home(), None, None
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, way: Way, c: int, token: Tensor) -> Tensor:
+        ctx.way, ctx.c = way, c
+        return way.enter(c, token.dtype).data  # a version of its own: what enters later is no change of it
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        ctx.flight.land()
-        return grad, None, None, None
+        ctx.way.leave(ctx.c, grad)
+        return None, None, grad.new_empty(0)
 
 
-class _Land(torch.autograd.Function):
-    """Waits for what `_Launch` has sent; backward it launches the gradient.
-
-    Autograd runs the last made node first, so backward too all chunks are under way before the first is waited for.
-    """
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, way: Way, c: int, y: Tensor) -> Tensor:
+        ctx.way, ctx.c = way, c
+        way.leave(c, y)
+        return y.new_empty(0)
 
     @staticmethod
-    def forward(ctx, arriving: Tensor, flight: _Flight) -> Tensor:
-        ctx.flight = flight
-        arrived = flight.land()
-        return arriving.view_as(arriving) if len(arrived) == 1 else widen(*arrived, arriving.dtype)
+    def backward(ctx, token: Tensor):
+        return None, None, ctx.way.enter(ctx.c, token.dtype)
+
+
+class _Home(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, way: Way, *_tokens: Tensor) -> Tensor:
+        ctx.way = way
+        return way.home()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return ctx.flight.start(grad), None
+        ctx.way.depart(grad)
+        return None, *(grad.new_empty(0) for _ in range(ctx.way.chunks))

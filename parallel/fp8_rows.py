@@ -62,9 +62,13 @@ class _Widened(torch.autograd.Function):
 
 def widen(numbers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The rows in another type: (M, D), (M,) -> (M, D)."""
+    return widen_into(torch.empty(numbers.shape, dtype=dtype, device=numbers.device), numbers, scale)
+
+
+def widen_into(out: Tensor, numbers: Tensor, scale: Tensor) -> Tensor:
+    """The rows in the type of `out` (M, D), which they are written to and which is returned."""
     if not kernels.use_triton(numbers):
-        return (numbers.float() * scale[:, None]).to(dtype)
-    out = torch.empty(numbers.shape, dtype=dtype, device=numbers.device)
+        return out.copy_(numbers.float() * scale[:, None])
     _widen(numbers, scale, out)
     return out
 

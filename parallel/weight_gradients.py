@@ -8,6 +8,8 @@ look at it.
 Shapes: `o` outputs, `i` inputs, `N` rows; perhaps a dimension of experts before them.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,8 +18,8 @@ from torch import Tensor
 def sum_of(weight: Tensor) -> Tensor | None:
     """Where products are to add up the gradient of a weight; None: nowhere, it is autograd's to return.
 
-    That is so under engines that keep no sum, for a part of a weight, where torch.compile reads the code, which adding
-    to a sum is hidden from, and where torch has no product of bf16 with an fp32 result, as on a CPU.
+    That is so under engines that keep no sum, where torch.compile reads the code, which adding to a sum is hidden from,
+    and where torch has no product of bf16 with an fp32 result, as on a CPU.
     """
     if torch.compiler.is_compiling():
         return None
@@ -29,13 +31,41 @@ def sum_of(weight: Tensor) -> Tensor | None:
 
 def share_kept(weight: Tensor) -> float:
     """Of the sum, when a product adds to it: 0 if none has since it was cleared, for then it need not be read."""
-    return float(weight.grad_added_to_main_grad)
+    return float(getattr(weight, "whole", weight).grad_added_to_main_grad)
 
 
 def handed_over(weight: Tensor) -> Tensor:
     """To be returned as the gradient of a weight when its sum has it."""
+    if hasattr(weight, "whole"):  # which is told when all of its parts are done
+        return weight.new_empty(()).expand_as(weight)
     weight.grad_added_to_main_grad = True
     return torch.empty_like(weight)
+
+
+def parts(weight: Tensor, count: int) -> Sequence[Tensor]:
+    """Equal parts of a weight along its first dimension, each with its part of the sum, if the weight has one."""
+    if count == 1:
+        return [weight]
+    total = sum_of(weight)
+    if total is None:
+        return weight.chunk(count)
+    found = _Parts.apply(weight, count)
+    for part, part_of_sum in zip(found, total.chunk(count), strict=True):
+        part.main_grad, part.whole = part_of_sum, weight
+    return found
+
+
+class _Parts(torch.autograd.Function):
+    """Parts whose gradients are in the sum by the time that this one's turn has come."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, count: int) -> tuple[Tensor, ...]:
+        ctx.weight = weight
+        return weight.chunk(count)
+
+    @staticmethod
+    def backward(ctx, *_grads: Tensor):
+        return handed_over(ctx.weight), None
 
 
 def weight_gradient(weight: Tensor, slope: Tensor, x: Tensor) -> Tensor:

@@ -206,7 +206,7 @@ def test_a_step_in_fp8_of_two_micro_batches_is_that_of_one(tmp_path, kind, where
     """Weights are kept in FP8 between them, and gradients add up within the products."""
     changes = f"precision.fp8={kind}", f"precision.where={where}", "optimizer.schedule=constant"
     one, two = (
-        quickstart(tmp_path, f"{size}", *changes, f"train.micro_batch={size}", "train.batch=16", steps=30)
+        quickstart(tmp_path, f"micro-{size}", *changes, f"train.micro_batch={size}", "train.batch=16", steps=30)
         for size in (16, 8)
     )
     print(kind, where, one[-3:], two[-3:])

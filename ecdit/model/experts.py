@@ -4,15 +4,18 @@ Shapes: `D` hidden, `F = 4D` expert hidden, `E` experts (those of this rank, or 
 expert. Under expert-tensor parallelism this rank has a part of F.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from ecdit.model.layers import gelu
+from parallel.dispatch import Way
 from parallel.fp8_rows import Fp8Rows
 from parallel.layers import PlainLinears
 from parallel.parameters import parameter, xavier
 from parallel.spread import Spread
-from parallel.weight_gradients import handed_over, share_kept, sum_of, weight_gradient
+from parallel.weight_gradients import handed_over, parts, share_kept, sum_of, weight_gradient
 
 # Rows that ChunkedFfn works on at once: 4 MB of hidden rows at F = 1024 in fp32, a core's share of the cache.
 CHUNK_ROWS = 1024
@@ -50,13 +53,16 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor | Fp8Rows, *, spanning: bool = False) -> Tensor:
         """A row for every slot of all experts, in the order of `exchange`: (M, D) -> (M, D)."""
-        up, down = (w.chunk(self.exchange.chunks) if self.exchange.chunks > 1 else [w] for w in (self.up, self.down))
+        between = None
+        if self.ffns is None:
+            between = partial(ExpertsBetween.apply, self.up, self.down)
+        up, down = (parts(weight, self.exchange.chunks) for weight in (self.up, self.down))
         kernel = ChunkedFfn.apply if self.up.device.type == "cpu" else batched_ffn
 
         def experts(x: Tensor, chunk: int) -> Tensor:
             return (self.ffns[chunk] if self.ffns is not None else kernel)(x, up[chunk], down[chunk])
 
-        return self.exchange(rows, experts, spanning=spanning)
+        return self.exchange(rows, experts, spanning=spanning, between=between)
 
 
 def batched_ffn(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -77,6 +83,48 @@ class _Products(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (x,), weight = ctx.saved_tensors, ctx.weight
         return torch.bmm(grad, weight), weight_gradient(weight, grad.mT, x)
+
+
+class ExpertsBetween(torch.autograd.Function):
+    """The same between the ways there and back of an exchange, while other chunks of the experts' rows are on theirs.
+
+    Weight gradients come last, in one product over all chunks: the last rows go home meanwhile, and a product of fewer
+    experts would leave more multiprocessors without a tile.
+    """
+
+    @staticmethod
+    def forward(ctx, up: Tensor, down: Tensor, there: Way, back: Way, *tokens: Tensor) -> tuple[Tensor, ...]:
+        """tokens: as `parallel.dispatch` has them, one a chunk. Rows of a chunk: (e, n, R, D)."""
+        chunks, rows = len(tokens), there.whole(up.dtype)
+        hidden = rows.new_empty(chunks, rows.shape[1], rows.shape[2] * rows.shape[3], up.shape[1])
+        active = torch.empty_like(hidden)
+        for c, (first, second) in enumerate(zip(up.chunk(chunks), down.chunk(chunks), strict=True)):
+            x = there.enter(c, up.dtype)
+            torch.bmm(x.flatten(1, 2), first.mT, out=hidden[c])
+            torch.ops.aten.gelu.out(hidden[c], approximate="tanh", out=active[c])
+            back.leave(c, torch.bmm(active[c], second.mT).view_as(x))
+        ctx.save_for_backward(rows, hidden, active)
+        ctx.weights, ctx.ways = (up, down), (there, back)
+        return tuple(token.new_empty(0) for token in tokens)
+
+    @staticmethod
+    def backward(ctx, *tokens: Tensor):
+        (rows, hidden, active), (up, down), (there, back) = ctx.saved_tensors, ctx.weights, ctx.ways
+        chunks, grads, slopes = len(tokens), back.whole(up.dtype), torch.empty_like(hidden)
+        for c, (first, second) in enumerate(zip(up.chunk(chunks), down.chunk(chunks), strict=True)):
+            grad = back.enter(c, up.dtype)
+            by_active = torch.bmm(grad.flatten(1, 2), second)
+            torch.ops.aten.gelu_backward.grad_input(by_active, hidden[c], approximate="tanh", grad_input=slopes[c])
+            if any(ctx.needs_input_grad[4:]):
+                there.leave(c, torch.bmm(slopes[c], first).view_as(grad))
+        grad_down = weight_gradient(down, _of_experts(grads.flatten(2, 3)).mT, _of_experts(active))
+        grad_up = weight_gradient(up, _of_experts(slopes).mT, _of_experts(rows.flatten(2, 3)))
+        return grad_up, grad_down, None, None, *(token.new_empty(0) for token in tokens)
+
+
+def _of_experts(x: Tensor) -> Tensor:
+    """Chunks and a chunk's experts -> all experts: (c, e, ...) -> (c e, ...)."""
+    return x.flatten(0, 1)
 
 
 class ChunkedFfn(torch.autograd.Function):

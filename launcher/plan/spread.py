@@ -18,6 +18,7 @@ from parallel.layers import Linear, PlainLinears
 from parallel.parameters import Split
 from parallel.spread import LocalExchange, Spread
 from parallel.topology import Layout
+from parallel.transport import Copy
 
 
 @dataclass(frozen=True)
@@ -158,36 +159,34 @@ class _Row(Linear):
         return _Collective.apply(y, wire.sum, lambda grad: grad)
 
 
-class _PlannedFlight:
-    """An all-to-all that goes nowhere. Only rows of others are in it."""
+class _PlannedTransport:
+    """An all-to-all that goes nowhere."""
 
     def __init__(self, wire: Wire):
-        self._wire, self._arriving = wire, []
+        self._wire, self._copies = wire, []
 
-    def start(self, *parts: Tensor) -> Tensor:
+    def start(self, parts: list[Tensor], into: list[Tensor], here: list[Copy]) -> None:
         for part in parts:
             self._wire._send("all-to-all", _bytes(part))
-            self._arriving.append(torch.empty_like(part, memory_format=torch.contiguous_format))
-        return self._arriving[0]
+        self._copies = [*zip(into, parts, strict=True), *here]
 
-    def land(self) -> list[Tensor]:
-        arrived, self._arriving = self._arriving, []
-        return arrived
+    def land(self) -> None:
+        for to, rows in self._copies:
+            to.copy_(rows)
+        self._copies = []
 
 
 class _PlannedExchange(Exchange):
     """The real exchange, whose rows go nowhere."""
 
     def __init__(self, layout: Layout, experts: int, chunks: int, note: Note):
-        self.chunks, self._ranks, self._me = chunks, layout.expert, 0
-        self._experts = experts // self._ranks // chunks
-        self._splits = [int(rank != 0) for rank in range(self._ranks)]
+        self.chunks, self.ranks, self._me = chunks, layout.expert, 0
+        self.experts = experts // self.ranks // chunks
         self._span = max(1, min(layout.tensor // layout.expert_tensor, layout.expert))
-        self._wire = Wire("expert", layout.expert, note)
+        self._split = layout.expert_tensor > 1
         self._tensor_wire = Wire("expert-tensor", layout.expert_tensor, note)
-
-    def _flight(self, size: int):
-        return _PlannedFlight(self._wire) if self._ranks > 1 else None
+        wire = Wire("expert", layout.expert, note)
+        self.transport = lambda _box: _PlannedTransport(wire)
 
     def _over_expert_tensor(self, x: Tensor, experts, chunk: int) -> Tensor:
         wire = self._tensor_wire

@@ -35,7 +35,7 @@ class LocalExchange:
         """Values of slots (M,), expert-major, in the order of the rows."""
         return of_slot
 
-    def __call__(self, rows: Tensor | Fp8Rows, experts: ExpertFunction, *, spanning: bool = False) -> Tensor:
+    def __call__(self, rows: Tensor | Fp8Rows, experts: ExpertFunction, **_unneeded: object) -> Tensor:
         """Every slot's row through its expert: (M, D) -> (M, D)."""
         rows = plain(rows)
         return experts(rows.view(self._experts, -1, rows.shape[-1]), 0).flatten(0, 1)

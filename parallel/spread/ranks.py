@@ -7,6 +7,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor, nn
 
+from parallel.copy_engines import between
 from parallel.dispatch import Exchange
 from parallel.layers import PlainLinears
 from parallel.layers.megatron import MegatronLinears
@@ -21,7 +22,8 @@ class RankSpread(Spread):
 
     `linears`: "torch" (megatron-core's where they are split) or "transformer_engine". `dispatch_chunks`: parts in
     which tokens travel to their experts, and `dispatch_fp8`: whether as FP8. `fp8`: what computes in it, which makes
-    those parts Transformer Engine's. `recomputed`: whether blocks are, in the backward pass.
+    those parts Transformer Engine's. `recomputed`: whether blocks are, in the backward pass. `told`: what the user may
+    want to know of this machine, or None.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class RankSpread(Spread):
         self.alone = all(group.size() == 1 for group in shared)
         self.sequence = topology.layout.sequence and self.tensor_ranks > 1
         self.first_stage, self.last_stage = topology.first_stage, topology.last_stage
+        self._engines, why = between(self._groups.ep, 2 * dispatch_chunks, topology.device)
+        self.told = f"Tokens go to their experts by NCCL and not by the GPUs' copy engines: {why}" if why else None
         if linears == "transformer_engine" or "linears" in self.fp8.where:
             from parallel.layers.transformer_engine import TransformerEngineLinears  # needs the extra, and a GPU
 
@@ -62,7 +66,7 @@ class RankSpread(Spread):
     def exchange(self, experts: int) -> LocalExchange | Exchange:
         if self._groups.ep.size() == self._groups.expt_tp.size() == 1:
             return LocalExchange(experts)
-        return Exchange(self._groups, experts, self._chunks)
+        return Exchange(self._groups, experts, self._chunks, self._engines and self._engines.box)
 
     def expert_ffns(self, experts: int, width: int, plain: ExpertFfn) -> nn.ModuleList | None:
         if "experts" not in self.fp8.where:
