@@ -18,7 +18,7 @@ from launcher.plan.memory import Memory, both_buffers, encoders_used, rank_memor
 from launcher.plan.spread import Place
 from launcher.plan.stage import Stage, stage
 from launcher.plan.trace import TYPES
-from launcher.plan.traffic import Collective, collectives, hide_behind
+from launcher.plan.traffic import Collective, boxes, collectives, hide_behind
 from parallel.topology import Layout, LayoutError
 
 BACKWARD_SHARE = 2 / 3  # of a micro-batch's time
@@ -121,7 +121,16 @@ def check(recipe: Recipe, layout: Layout, ranks: int) -> int:
 def _memory(recipe: Recipe, place: Place, gpu: Gpu, micro_batches: int) -> Memory:
     cost = stage(recipe, place, gpu, most=True)
     in_flight = min(place.layout.pipeline - place.stage, micro_batches)
-    return rank_memory(recipe, place, gpu, kept=cost.kept, dispatch=cost.dispatch, peak=cost.peak, in_flight=in_flight)
+    return rank_memory(
+        recipe,
+        place,
+        gpu,
+        kept=cost.kept,
+        dispatch=cost.dispatch,
+        boxes=boxes(recipe, place, gpu, cost),
+        peak=cost.peak,
+        in_flight=in_flight,
+    )
 
 
 def _kernels_time(recipe: Recipe, cost: Stage, gpu: Gpu) -> float:

@@ -156,12 +156,21 @@ class Memory:
 
 
 def rank_memory(
-    recipe: Recipe, place: Place, gpu: Gpu, *, kept: float, dispatch: float, peak: float, in_flight: int
+    recipe: Recipe,
+    place: Place,
+    gpu: Gpu,
+    *,
+    kept: float,
+    dispatch: float,
+    boxes: float,
+    peak: float,
+    in_flight: int,
 ) -> Memory:
-    """kept, dispatch, peak: of a micro-batch (see `Trace`); in_flight: micro-batches whose activations are kept."""
+    """kept, dispatch, peak: of a micro-batch (see `Trace`); boxes: what rows on their way to experts and back take, of
+    all layers; in_flight: micro-batches whose activations are kept."""
     parts = static(recipe, place) | encoders(recipe, place)
     parts["activations"] = (kept - dispatch) * in_flight
-    parts["dispatch buffers"] = dispatch * in_flight
+    parts["dispatch buffers"] = dispatch * in_flight + boxes
     # forward and backward, the update and the encoding have their working memory one after the other
     backward = peak - kept
     elsewhere = max(update_peak(recipe, place), encoding_peak(recipe, place)) - kept * in_flight

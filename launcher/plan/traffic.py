@@ -34,11 +34,9 @@ class Collective:
 def collectives(recipe: Recipe, place: Place, gpu: Gpu, here: Stage, micro_batches: int) -> list[Collective]:
     """Those of a step on a rank of this stage. What overlaps with the backward pass is settled by the caller."""
     found = []
-    chunks = recipe.parallel.dispatch_chunks
     for (kind, axis, ranks), (calls, size) in sorted(here.sent.items()):
         made = _collective(kind, axis, ranks, calls * micro_batches, size * micro_batches, place, gpu)
-        hidden = (1 - 1 / chunks) if axis == "expert" else 0.0
-        found.append(_with_exposed(made, made.seconds * (1 - hidden)))
+        found.append(_with_exposed(made, made.seconds * (_exposed_share(recipe) if axis == "expert" else 1.0)))
     found += _pipeline(recipe, place, gpu, micro_batches)
     size = TYPES[recipe.train.precision].itemsize
     if recipe.engine == "deepspeed":
@@ -50,6 +48,23 @@ def collectives(recipe: Recipe, place: Place, gpu: Gpu, here: Stage, micro_batch
             found.append(_collective("reduce-scatter", axis, group, 1, 4 * share, place, gpu))
             found.append(_collective("all-gather", axis, group, 1, size * share, place, gpu))
     return found
+
+
+def _exposed_share(recipe: Recipe) -> float:
+    """Of the time of rows on their way to the experts and back: the first chunk has nothing to hide behind, except for
+    one way of four, which the weights' gradients hide where the model's own code computes them."""
+    library = recipe.precision.fp8 != "none" and "experts" in recipe.precision.where
+    ways = 4 if library or recipe.parallel.expert_tensor > 1 else 3
+    return ways / 4 / recipe.parallel.dispatch_chunks
+
+
+def boxes(recipe: Recipe, place: Place, gpu: Gpu, here: Stage) -> float:
+    """Bytes that copy engines put rows into (`parallel.copy_engines`): a box for each chunk, there and back."""
+    ranks = place.layout.expert
+    if ranks == 1 or ranks_on_a_node("expert", ranks, place, gpu.gpus_per_node) < ranks:
+        return 0.0
+    calls, size = here.sent.get(("all-to-all", "expert", ranks), (0, 0.0))
+    return 2 * recipe.parallel.dispatch_chunks * size / max(calls, 1)
 
 
 def _pipeline(recipe: Recipe, place: Place, gpu: Gpu, micro_batches: int) -> list[Collective]:
