@@ -10,6 +10,7 @@ Shapes: `N` tokens of a rank in groups of `T`, `D` hidden, `E` experts of all ra
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,10 +18,10 @@ from torch import Tensor
 from benchmarks.budget import NOTHING, Asked, Step, Variant, compare
 from benchmarks.harness import Row, captured, device_here
 from benchmarks.peers import GPU, STD, differentiated
-from ecdit.model.experts import batched_ffn
+from ecdit.model.experts import ExpertsBetween, batched_ffn
 from ecdit.model.kernels import slots
 from ecdit.model.router import RoutingPlan, expert_choice
-from parallel.copy_engines import between
+from parallel.copy_engines import between as engines_between
 from parallel.dispatch import Exchange
 from parallel.topology import Layout, Topology
 from parallel.topology import start as start_ranks
@@ -116,8 +117,9 @@ def _between(topology: Topology, seconds: float) -> list[Row]:
     """All ranks as one expert-parallel group, whose experts are of the model's own shapes. Where copy engines carry the
     rows, against NCCL."""
     ranks, group = topology.ranks, topology.groups.ep
-    engines, _ = between(group, 2 * CHUNKS[-1], topology.device)
-    ours, theirs = engines and engines.box, lambda _box: Collective(group)
+    engines, _ = engines_between(group, 2 * CHUNKS[-1], topology.device)
+    theirs: Carry = lambda _box: Collective(group)  # noqa: E731
+    ours = engines.box if engines else theirs
     kind = str(TYPE).removeprefix("torch.")
     alone, travel, crossing = "experts alone", f"gather, all-to-all, combine, {kind}", f"all-to-all alone, {kind}"
     whole, by = f"{travel}, with experts", ", by NCCL" if engines else ""
@@ -173,18 +175,16 @@ def _weights(ranks: int) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _way(topology: Topology, chunks: int, carry: Carry | None, *, compute: bool) -> Iterator[Step]:
+def _way(topology: Topology, chunks: int, carry: Carry, *, compute: bool) -> Iterator[Step]:
     exchange, plan = Exchange(topology.groups, E, chunks, carry), _plan()
     plan.arrange(exchange.arrange)
     where, gate = plan.slot_map(), plan.gate.detach()
     up, down = _weights(topology.ranks)
-    ups, downs = up.chunk(chunks), down.chunk(chunks)
-
-    def experts(rows: Tensor, chunk: int) -> Tensor:
-        return batched_ffn(rows, ups[chunk], downs[chunk]) if compute else rows
+    between = partial(ExpertsBetween.apply, up, down) if compute else None
 
     def way(x: Tensor) -> Tensor:
-        return slots.combine(exchange(slots.dispatch(x, where), experts), gate, where)
+        rows = exchange(slots.dispatch(x, where), lambda rows, _chunk: rows, between=between)
+        return slots.combine(rows, gate, where)
 
     yield differentiated(way, [_tokens()], [up, down] if compute else [])
 

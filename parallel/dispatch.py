@@ -25,32 +25,33 @@ from torch import Tensor
 
 from parallel.fp8_rows import Fp8Rows, plain, widen_into
 from parallel.spread import ExpertFunction
-from parallel.transport import Collective, Transport
+from parallel.transport import Transport
 
 Between = Callable[..., Sequence[Tensor]]  # of the ways there and back, and what departed of each chunk
 
 
 class Exchange:
     """Rows to the experts of all expert-parallel ranks and back. `transport`: makes what carries the rows of a box,
-    there or back, of a chunk; None: a collective of the group."""
+    there or back, of a chunk: there are twice as many as chunks."""
 
     def __init__(
         self,
         groups: ProcessGroupCollection,
         experts: int,
-        chunks: int = 1,
-        transport: Callable[[int], Transport] | None = None,
+        chunks: int,
+        transport: Callable[[int], Transport],
     ):
         self._expert_tensor, self._split, self.chunks = groups.expt_tp, groups.expt_tp.size() > 1, chunks
         self.ranks, self._me = groups.ep.size(), groups.ep.rank()
         self.experts = experts // self.ranks // chunks  # e
         self._span = _tensor_peers(groups)
-        self.transport = transport or (lambda _box: Collective(groups.ep))
+        self.transport = transport
 
     def arrange(self, of_slot: Tensor) -> Tensor:
         """Values of slots (E R,), expert-major, in the order of the wire."""
         return self._me_last(of_slot.view(self.ranks, self.chunks, -1), 0).transpose(0, 1).reshape(-1)
 
+    @torch.compiler.disable  # it would make kernels of what copy engines are to copy
     def __call__(
         self,
         rows: Tensor | Fp8Rows,
@@ -125,14 +126,17 @@ class Way:
         self._to_enter = 0  # chunks
         self._home: Tensor | None = None  # (c, n, e, R, D)
 
-    def depart(self, *parts: Tensor) -> None:
-        """Rows in the order of the wire, or their FP8 numbers and scales: (M, D) or (M,) each."""
+    def depart(self, *parts: Tensor, last_first: bool = False) -> None:
+        """Rows in the order of the wire, or their FP8 numbers and scales: (M, D) or (M,) each. Chunks have to enter in
+        the order in which they depart, lest one waits for all."""
         views = [part.contiguous().view(self.chunks, self._ranks, self._experts, -1, *part.shape[1:]) for part in parts]
         self._coming = [x.new_empty(self.chunks, self._experts, self._ranks, *x.shape[3:]) for x in views]
         self._to_enter = self.chunks
-        for c, box in enumerate(self._boxes):
+        for c in reversed(range(self.chunks)) if last_first else range(self.chunks):
             chunk, coming = [x[c] for x in views], [x[c].transpose(0, 1) for x in self._coming]
-            box.start(*_others(chunk, coming), [(to[-1], part[-1]) for to, part in zip(coming, chunk, strict=True)])
+            self._boxes[c].start(
+                *_others(chunk, coming), [(to[-1], part[-1]) for to, part in zip(coming, chunk, strict=True)]
+            )
 
     def whole(self, dtype: torch.dtype) -> Tensor:
         """What holds all that departed for this rank's experts when all chunks have entered: (c, e, n, R, D)."""
@@ -174,8 +178,8 @@ def _others(parts: list[Tensor], into: list[Tensor]) -> tuple[list[Tensor], list
 
 
 # Each of the four is the gradient of another. What one hands the next has travelled apart from autograd, which is given
-# a token of no elements in its place, one a chunk. Autograd runs the last made node first, so backward too all chunks
-# are under way before the first is waited for.
+# a token of no elements in its place, one a chunk. Autograd runs the last made node first, so backward the last chunk
+# enters first.
 
 
 class _Depart(torch.autograd.Function):
@@ -222,5 +226,5 @@ class _Home(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        ctx.way.depart(grad)
+        ctx.way.depart(grad, last_first=True)
         return None, *(grad.new_empty(0) for _ in range(ctx.way.chunks))

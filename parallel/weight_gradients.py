@@ -37,6 +37,7 @@ def share_kept(weight: Tensor) -> float:
 def handed_over(weight: Tensor) -> Tensor:
     """To be returned as the gradient of a weight when its sum has it."""
     if hasattr(weight, "whole"):  # which is told when all of its parts are done
+        weight.handed_over[weight.number] = True
         return weight.new_empty(()).expand_as(weight)
     weight.grad_added_to_main_grad = True
     return torch.empty_like(weight)
@@ -49,22 +50,28 @@ def parts(weight: Tensor, count: int) -> Sequence[Tensor]:
     total = sum_of(weight)
     if total is None:
         return weight.chunk(count)
-    found = _Parts.apply(weight, count)
-    for part, part_of_sum in zip(found, total.chunk(count), strict=True):
-        part.main_grad, part.whole = part_of_sum, weight
+    handed = [False] * count
+    found = _Parts.apply(weight, handed)
+    for number, (part, part_of_sum) in enumerate(zip(found, total.chunk(count), strict=True)):
+        part.main_grad, part.whole, part.handed_over, part.number = part_of_sum, weight, handed, number
     return found
 
 
 class _Parts(torch.autograd.Function):
-    """Parts whose gradients are in the sum by the time that this one's turn has come."""
+    """Parts whose gradients are in the sum when this one's turn has come, where products have added them, or are then
+    added."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, count: int) -> tuple[Tensor, ...]:
-        ctx.weight = weight
-        return weight.chunk(count)
+    def forward(ctx, weight: Tensor, handed_over: list[bool]) -> tuple[Tensor, ...]:
+        ctx.weight, ctx.handed_over = weight, handed_over
+        return weight.chunk(len(handed_over))
 
     @staticmethod
-    def backward(ctx, *_grads: Tensor):
+    def backward(ctx, *grads: Tensor):
+        sums = sum_of(ctx.weight).chunk(len(grads))
+        for grad, total, done in zip(grads, sums, ctx.handed_over, strict=True):
+            if not done:
+                total.add_(grad)
         return handed_over(ctx.weight), None
 
 

@@ -293,7 +293,16 @@ def test_gpus_that_work_are_told_with_their_numbers():
         ("GPUs", OK, "2 x NVIDIA H200, 140 GiB each"),
         ("GPU product", OK, "finite, and the same twice, on 2"),
         ("NCCL", OK, "2.28.9"),
+        ("copy engines", MISSING, "cuda-bindings is not installed"),
     ]
+
+
+def test_copy_engines_are_asked_of_several_gpus_alone(monkeypatch):
+    monkeypatch.setattr(gpus, "version_of", {"cuda-bindings": "13.0.3"}.get)
+    found = gpus.judge_cards(gpus.cards(f"{H200}\n{H200}"), CUDA_BUILD, WELL)
+    assert [(one.state, one.found) for one in found if one.name == "copy engines"] == [(OK, "by cuda-bindings 13.0.3")]
+    alone = WELL | {"cuda": SEEN["cuda"] | {"names": ["NVIDIA H200"]}}
+    assert all(one.name != "copy engines" for one in gpus.judge_cards(gpus.cards(H200), CUDA_BUILD, alone))
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_traffic_is_what_a_rank_sends(layout):
     case = Case(layout, 2, batch=16 // layout.tensor, model=LARGER)
     counted = run_on_ranks(count, 2, case)[0]
     planned = {}
-    for (kind, _, _), (_, size) in stage(_recipe(case), Place(layout, 2), GPUS["h100"], most=True).sent.items():
+    for (kind, _, _), (_, size, _) in stage(_recipe(case), Place(layout, 2), GPUS["h100"], most=True).sent.items():
         planned[kind] = planned.get(kind, 0) + size
     # tensor ranks' gradients of what all have are summed at the end of a step, not within the model
     assert planned == pytest.approx(counted, rel=0.02)

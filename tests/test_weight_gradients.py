@@ -21,7 +21,7 @@ from parallel.layers import Linear
 from parallel.spread import Spread
 from parallel.spread.ranks import RankSpread
 from parallel.topology import Layout
-from parallel.weight_gradients import weight_gradient
+from parallel.weight_gradients import parts, weight_gradient
 from tests.layouts import randomize, whole
 from tests.ranks import run_on_ranks
 from tests.test_engine import NO_STAGES, SETTINGS, loss_of
@@ -91,6 +91,21 @@ def test_the_experts_sums_are_autograds(device, ffn, sizes, rows, batches):
     xs = [torch.randn(experts, rows, width, generator=generator).to(device) for _ in range(batches)]
     plain = lambda x, up, down: F.gelu(x @ up.mT, approximate="tanh") @ down.mT  # noqa: E731
     assert_same_sums(ffn, [up, down], xs, plain, tolerance=1e-4)  # where a single slope of GELU nears zero
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_parts_are_added_to_their_places_whoever_computes_them(device, batches):
+    """One by products that know of sums, one by autograd."""
+    generator = torch.Generator().manual_seed(batches)
+    up = torch.randn(4, 7, 5, generator=generator).to(device)
+    down = torch.randn(4, 5, 7, generator=generator).to(device)
+    xs = [torch.randn(4, 3, 5, generator=generator).to(device) for _ in range(batches)]
+
+    def function(x, up, down):
+        (first, second), (third, fourth) = parts(up, 2), parts(down, 2)
+        return torch.cat([batched_ffn(x[:2], first, third), batched_ffn(x[2:], second * 1, fourth * 1)])
+
+    assert_same_sums(function, [up, down], xs)
 
 
 @pytest.mark.gpu

@@ -111,7 +111,9 @@ class ExpertsBetween(torch.autograd.Function):
     def backward(ctx, *tokens: Tensor):
         (rows, hidden, active), (up, down), (there, back) = ctx.saved_tensors, ctx.weights, ctx.ways
         chunks, grads, slopes = len(tokens), back.whole(up.dtype), torch.empty_like(hidden)
-        for c, (first, second) in enumerate(zip(up.chunk(chunks), down.chunk(chunks), strict=True)):
+        weights = list(zip(up.chunk(chunks), down.chunk(chunks), strict=True))
+        for c in reversed(range(chunks)):
+            first, second = weights[c]
             grad = back.enter(c, up.dtype)
             by_active = torch.bmm(grad.flatten(1, 2), second)
             torch.ops.aten.gelu_backward.grad_input(by_active, hidden[c], approximate="tanh", grad_input=slopes[c])

@@ -11,7 +11,7 @@ from launcher.doctor.finding import BROKEN, MISSING, OK, WARNING, Finding
 from launcher.doctor.packages import TRANSFORMER_ENGINE, judge, version_of
 
 SMI_SECONDS = 20
-DRIVER, GPUS, PRODUCT, NCCL, FP8 = "GPU driver", "GPUs", "GPU product", "NCCL", "FP8"
+DRIVER, GPUS, PRODUCT, NCCL, COPIES, FP8 = "GPU driver", "GPUs", "GPU product", "NCCL", "copy engines", "FP8"
 FIELDS = (
     "driver_version", "name", "memory.total", "memory.used", "mig.mode.current",
     "ecc.errors.uncorrected.volatile.total", "retired_pages.pending",
@@ -141,7 +141,16 @@ def judge_cards(found: list[Card], build: dict, tried: dict[str, dict]) -> list[
         rows.append(Finding(NCCL, OK, nccl["version"]))
     else:
         rows.append(Finding(NCCL, WARNING, nccl.get("error", "not tried"), "several GPUs cannot train together"))
-    return rows
+    return rows + (_copies() if len(seen["names"]) > 1 else [])
+
+
+def _copies() -> list[Finding]:
+    """Whether a stream can wait for a word of memory, for which torch has no function."""
+    version = version_of("cuda-bindings")
+    if version is not None:
+        return [Finding(COPIES, OK, f"by cuda-bindings {version}")]
+    costs = "tokens go to experts on the same node by NCCL, which slows products down; pip install cuda-bindings"
+    return [Finding(COPIES, MISSING, "cuda-bindings is not installed", costs)]
 
 
 def _unusable(found: list[Card], build: dict, seen: dict) -> Finding:

@@ -21,7 +21,7 @@ COUNTS = ("peak", "kept", "dispatch", "returned", "kernels")
 @dataclass(frozen=True)
 class Stage:
     """A micro-batch's forward and backward pass. peak, kept, dispatch, returned: as in `Trace`. seconds: of kernels, by
-    part. sent: (calls, bytes) by (kind, axis, ranks of the group)."""
+    part. sent: (calls, their bytes, those of the largest) by (kind, axis, ranks of the group)."""
 
     peak: float
     kept: float
@@ -29,7 +29,7 @@ class Stage:
     returned: float
     kernels: float
     seconds: dict[str, float]
-    sent: dict[tuple[str, str, int], tuple[float, float]]
+    sent: dict[tuple[str, str, int], tuple[float, float, float]]
 
 
 def stage(recipe: Recipe, place: Place, gpu: Gpu, *, most: bool, device: str = "cuda") -> Stage:
@@ -61,7 +61,7 @@ def _stage(recipe_text: str, place: Place, gpu: Gpu, layers: int, tokens: int, d
         *(grown(getattr(shallow, n), getattr(deeper, n)) for n in COUNTS),
         {part: grown(shallow.seconds[part], deeper.seconds[part]) for part in PARTS},
         {
-            key: tuple(grown(a, b) for a, b in zip(shallow.sent.get(key, (0, 0)), pair, strict=True))
+            key: tuple(grown(a, b) for a, b in zip(shallow.sent.get(key, (0, 0, 0)), pair, strict=True))
             for key, pair in deeper.sent.items()
         },
     )
@@ -76,8 +76,9 @@ def _summary(found: Trace, recipe: Recipe, gpu: Gpu) -> Stage:
         moved = kernel.bytes / (gpu.hbm * gpu.hbm_share)
         reached = fp8_rate if kernel.product and kernel.part in in_fp8 else rate
         seconds[kernel.part] += max(kernel.flops / reached, moved, gpu.kernel_seconds)
-    sent = defaultdict(lambda: (0.0, 0.0))
+    sent = defaultdict(lambda: (0.0, 0.0, 0.0))
     for one in found.sent:
         key = (one.kind, one.axis, one.size)
-        sent[key] = (sent[key][0] + 1, sent[key][1] + one.bytes)
+        calls, size, most = sent[key]
+        sent[key] = (calls + 1, size + one.bytes, max(most, one.bytes))
     return Stage(found.peak, found.kept, found.dispatch, found.returned, len(found.kernels), seconds, dict(sent))

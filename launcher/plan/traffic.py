@@ -34,7 +34,7 @@ class Collective:
 def collectives(recipe: Recipe, place: Place, gpu: Gpu, here: Stage, micro_batches: int) -> list[Collective]:
     """Those of a step on a rank of this stage. What overlaps with the backward pass is settled by the caller."""
     found = []
-    for (kind, axis, ranks), (calls, size) in sorted(here.sent.items()):
+    for (kind, axis, ranks), (calls, size, _) in sorted(here.sent.items()):
         made = _collective(kind, axis, ranks, calls * micro_batches, size * micro_batches, place, gpu)
         found.append(_with_exposed(made, made.seconds * (_exposed_share(recipe) if axis == "expert" else 1.0)))
     found += _pipeline(recipe, place, gpu, micro_batches)
@@ -63,8 +63,8 @@ def boxes(recipe: Recipe, place: Place, gpu: Gpu, here: Stage) -> float:
     ranks = place.layout.expert
     if ranks == 1 or ranks_on_a_node("expert", ranks, place, gpu.gpus_per_node) < ranks:
         return 0.0
-    calls, size = here.sent.get(("all-to-all", "expert", ranks), (0, 0.0))
-    return 2 * recipe.parallel.dispatch_chunks * size / max(calls, 1)
+    *_, most = here.sent.get(("all-to-all", "expert", ranks), (0, 0.0, 0.0))
+    return 2 * recipe.parallel.dispatch_chunks * most
 
 
 def _pipeline(recipe: Recipe, place: Place, gpu: Gpu, micro_batches: int) -> list[Collective]:

@@ -35,7 +35,7 @@ class GroupedFfn(nn.Module):
     def forward(self, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
         """x (e, R, D), up (e, F, D), down (e, D, F), of a single expert also (F, D) and (D, F) -> (e, R, D)."""
         if not (self.up.in_fp8 and self.down.in_fp8 and FP8GlobalStateManager.is_fp8_enabled()):
-            return self.plain(x, *(w.view(len(x), *w.shape[-2:]) for w in (up, down)))
+            return self.plain(x, *(w if w.ndim == 3 else w[None] for w in (up, down)))
         rows = x.flatten(0, 1)
         # autograd's functions do not tell: what asks for gradients does so under no_grad, too
         training = torch.is_grad_enabled() and any(y.requires_grad for y in (x, up, down))

@@ -3,6 +3,8 @@
 Shapes: as in `Spread`.
 """
 
+from collections.abc import Callable
+
 import torch.distributed as dist
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from parallel.parameters import Split
 from parallel.precision import Fp8
 from parallel.spread import ExpertFfn, LocalExchange, Spread
 from parallel.topology import Topology
+from parallel.transport import Collective, Transport
 
 
 class RankSpread(Spread):
@@ -44,8 +47,8 @@ class RankSpread(Spread):
         self.alone = all(group.size() == 1 for group in shared)
         self.sequence = topology.layout.sequence and self.tensor_ranks > 1
         self.first_stage, self.last_stage = topology.first_stage, topology.last_stage
-        self._engines, why = between(self._groups.ep, 2 * dispatch_chunks, topology.device)
-        self.told = f"Tokens go to their experts by NCCL and not by the GPUs' copy engines: {why}" if why else None
+        self._transport: Callable[[int], Transport] | None = None  # made where there is an exchange
+        self.told: str | None = None
         if linears == "transformer_engine" or "linears" in self.fp8.where:
             from parallel.layers.transformer_engine import TransformerEngineLinears  # needs the extra, and a GPU
 
@@ -66,7 +69,18 @@ class RankSpread(Spread):
     def exchange(self, experts: int) -> LocalExchange | Exchange:
         if self._groups.ep.size() == self._groups.expt_tp.size() == 1:
             return LocalExchange(experts)
-        return Exchange(self._groups, experts, self._chunks, self._engines and self._engines.box)
+        if self._transport is None:
+            self._transport, self.told = self._carry()
+        return Exchange(self._groups, experts, self._chunks, self._transport)
+
+    def _carry(self) -> tuple[Callable[[int], Transport], str | None]:
+        """What makes the transport of a box, one for all layers; what to tell of it."""
+        group = self._groups.ep
+        engines, why = between(group, 2 * self._chunks, self._topology.device)
+        if engines is not None:
+            return engines.box, None
+        told = f"Tokens go to their experts by NCCL and not by the GPUs' copy engines: {why}" if why else None
+        return (lambda _box: Collective(group)), told
 
     def expert_ffns(self, experts: int, width: int, plain: ExpertFfn) -> nn.ModuleList | None:
         if "experts" not in self.fp8.where:
