@@ -5,9 +5,9 @@ Every expert has the same number of slots in every group, so each rank sends eac
 of rows, forward and backward. A rank's own rows never enter the all-to-all. In chunks of experts, the rows of the next
 chunk travel while those of one are computed.
 
-Order of the slots on the wire: by chunk, then by owner (the other ranks ascending, then this one), then by the
-owner's experts of that chunk, then by row. `arrange` brings a routing plan into it, so that gathering the tokens of
-the slots writes what is sent.
+Order of the slots on the wire: first those that travel, by chunk, then by owner (the other ranks ascending), then by
+the owner's experts of that chunk, then by row; then this rank's own, by expert and row. `arrange` brings a routing plan
+into it, so that gathering the tokens of the slots writes what is sent.
 
 Rows may travel to their experts as FP8, each with its scale; results and gradients travel in the model's type.
 
@@ -49,7 +49,8 @@ class Exchange:
 
     def arrange(self, of_slot: Tensor) -> Tensor:
         """Values of slots (E R,), expert-major, in the order of the wire."""
-        return self._me_last(of_slot.view(self.ranks, self.chunks, -1), 0).transpose(0, 1).reshape(-1)
+        others, own = self._me_last(of_slot.view(self.ranks, self.chunks, -1), 0).split([self.ranks - 1, 1])
+        return torch.cat([others.transpose(0, 1).flatten(), own.flatten()])
 
     @torch.compiler.disable  # it would make kernels of what copy engines are to copy
     def __call__(
@@ -116,65 +117,101 @@ def _tensor_peers(groups: ProcessGroupCollection) -> int:
 
 class Way:
     """The rows of one call on their way to the experts or back, all chunks of them. Who has tokens lets them `depart`
-    and takes them `home`; who has experts lets them `enter` and `leave`, a chunk at a time."""
+    and takes them `home`; who has experts lets them `enter` and `leave`, a chunk at a time. What does not travel is
+    here from the start (`own`), and may be put to its place at home (`own_home`) at any time.
+
+    Shapes: as above; all chunks' experts of a rank are `c e`.
+    """
 
     def __init__(self, exchange: Exchange, first_box: int):
         self._ranks, self._experts, self.chunks = exchange.ranks, exchange.experts, exchange.chunks
         self._boxes = [exchange.transport(first_box + c) for c in range(self.chunks)]
-        self._coming: list[Tensor] = []  # what departed: (c, e, n, R, ...), this rank's rows last
+        self._coming: list[Tensor] = []  # what departed: (c e, n, R, ...), this rank's rows last
+        self._own: list[Tensor] = []  # (c e, R, ...)
         self._whole: Tensor | None = None
         self._to_enter = 0  # chunks
-        self._home: Tensor | None = None  # (c, n, e, R, D)
+        self._home: Tensor | None = None  # (M, D)
 
     def depart(self, *parts: Tensor, last_first: bool = False) -> None:
         """Rows in the order of the wire, or their FP8 numbers and scales: (M, D) or (M,) each. Chunks have to enter in
         the order in which they depart, lest one waits for all."""
-        views = [part.contiguous().view(self.chunks, self._ranks, self._experts, -1, *part.shape[1:]) for part in parts]
-        self._coming = [x.new_empty(self.chunks, self._experts, self._ranks, *x.shape[3:]) for x in views]
+        travel, self._own = zip(*map(self._sorted, parts), strict=True)
+        self._coming = [x.new_empty(len(x), self._ranks, *x.shape[1:]) for x in self._own]
         self._to_enter = self.chunks
         for c in reversed(range(self.chunks)) if last_first else range(self.chunks):
-            chunk, coming = [x[c] for x in views], [x[c].transpose(0, 1) for x in self._coming]
-            self._boxes[c].start(
-                *_others(chunk, coming), [(to[-1], part[-1]) for to, part in zip(coming, chunk, strict=True)]
-            )
+            here = self.experts_of(c)
+            coming = [x[here].transpose(0, 1) for x in self._coming]
+            own = [(to[-1], x[here]) for to, x in zip(coming, self._own, strict=True)]
+            self._boxes[c].start([part[c] for part in travel], [to[:-1] for to in coming], own)
+
+    def experts_of(self, c: int) -> slice:
+        """Which of this rank's experts a chunk has."""
+        return slice(c * self._experts, (c + 1) * self._experts)
+
+    def own(self, dtype: torch.dtype) -> Tensor:
+        """Rows of this rank for its own experts: (c e, R, D). To be asked for before any enters."""
+        x, *scale = self._own
+        if not scale:
+            return x
+        return widen_into(
+            torch.empty(x.shape, dtype=dtype, device=x.device).flatten(0, 1), x.flatten(0, 1), scale[0].flatten()
+        ).view_as(x)
 
     def whole(self, dtype: torch.dtype) -> Tensor:
-        """What holds all that departed for this rank's experts when all chunks have entered: (c, e, n, R, D)."""
+        """What holds all rows for this rank's experts when all chunks have entered: (c e, n, R, D)."""
         if self._whole is None:
             x, *scale = self._coming
             self._whole = torch.empty_like(x, dtype=dtype) if scale else x
         return self._whole
 
     def enter(self, c: int, dtype: torch.dtype) -> Tensor:
-        """What departed for this rank's experts: (e, n, R, D), its own rows last."""
+        """What departed for this rank's experts of a chunk: (e, n, R, D), its own rows last."""
         self._boxes[c].land()
-        x, *scale = self._coming
-        entered = self.whole(dtype)[c]
+        here = self.experts_of(c)
+        entered = self.whole(dtype)[here]
+        x, *scale = (part[here] for part in self._coming)
         if scale:
-            widen_into(entered.flatten(0, 2), x[c].flatten(0, 2), scale[0][c].flatten())
+            widen_into(entered.flatten(0, 2), x.flatten(0, 2), scale[0].flatten())
         self._to_enter -= 1
         if not self._to_enter:
-            self._coming, self._whole = [], None
+            self._coming, self._own, self._whole = [], [], None
         return entered
 
-    def leave(self, c: int, y: Tensor) -> None:
-        """y (e, n, R, D), its own rows last."""
-        if self._home is None:
-            self._home = y.new_empty(self.chunks, self._ranks, self._experts, *y.shape[2:])
-        by_rank, home = y.transpose(0, 1), self._home[c]
-        self._boxes[c].start(*_others([by_rank], [home]), [(home[-1], by_rank[-1])])
+    def leave(self, c: int, y: Tensor, own: Tensor | None = None) -> None:
+        """y (e, n - 1, R, D) is the others'; own (e, R, D), or None where it is home already."""
+        travel, at_home = self._sorted(self._at_home(y))
+        here = [] if own is None else [(at_home[self.experts_of(c)], own)]
+        self._boxes[c].start([y.transpose(0, 1)], [travel[c]], here)
+
+    def own_home(self, like: Tensor) -> Tensor:
+        """Where what this rank's experts make of its own rows is to be written: (c e, R, D). like (..., n, R, D)."""
+        return self._sorted(self._at_home(like[:, 1:]))[1]
 
     def home(self) -> Tensor:
         """What left for this rank: (M, D), in the order of the wire."""
         for box in self._boxes:
             box.land()
         home, self._home = self._home, None
-        return home.flatten(0, 3)
+        return home
 
+    def _at_home(self, y: Tensor) -> Tensor:
+        """y (..., n - 1, R, D)."""
+        if self._home is None:
+            rows, width = y.shape[-2:]
+            self._home = y.new_empty(self.chunks * self._ranks * self._experts * rows, width)
+        return self._home
 
-def _others(parts: list[Tensor], into: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """All ranks' but this one's, which is the last: (n, ...) -> (n - 1, ...)."""
-    return [part[:-1] for part in parts], [x[:-1] for x in into]
+    def _sorted(self, part: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows in the order of the wire, (M, ...): those that travel (c, n - 1, e, R, ...), and this rank's own
+        (c e, R, ...)."""
+        rows = len(part) // (self.chunks * self._ranks * self._experts)
+        count = self.chunks * self._experts
+        travel, own = part.contiguous().split([count * (self._ranks - 1) * rows, count * rows])
+        rest = part.shape[1:]
+        return (
+            travel.view(self.chunks, self._ranks - 1, self._experts, rows, *rest),
+            own.view(count, rows, *rest),
+        )
 
 
 # Each of the four is the gradient of another. What one hands the next has travelled apart from autograd, which is given
@@ -202,7 +239,7 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        ctx.way.leave(ctx.c, grad)
+        ctx.way.leave(ctx.c, grad[:, :-1], grad[:, -1])
         return None, None, grad.new_empty(0)
 
 
@@ -210,7 +247,7 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx, way: Way, c: int, y: Tensor) -> Tensor:
         ctx.way, ctx.c = way, c
-        way.leave(c, y)
+        way.leave(c, y[:, :-1], y[:, -1])
         return y.new_empty(0)
 
     @staticmethod

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ecdit import reference
-from ecdit.model.kernels import adaln, attention, router, slots
+from ecdit.model.kernels import adaln, attention, gelu, router, slots
 from ecdit.model.moe import Moe
 from ecdit.model.router import expert_choice, token_choice
 from parallel import kernels
@@ -231,6 +231,27 @@ def check_choice(affinity, capacity):
     assert all(torch.equal(a, b) for a, b in zip(flat(ours), flat(theirs), strict=True))
     gate, index = reference.expert_choice(affinity, capacity)
     assert torch.equal(found["ours"], index.transpose(0, 1)) and torch.equal(ours[0], gate.transpose(0, 1))
+
+
+# -------------------------------------------------------------------------------------------------------------- GELU
+
+
+@TYPES
+@pytest.mark.parametrize("shape", [(1, 3, 5), (3, 40, 130), (2, 64, 96)])
+def test_gelu_is_its_twin_where_rows_lie_apart(device, dtype, shape):
+    """Into some rows of every expert, and into no others."""
+    experts, rows, width = shape
+    hidden, grad = (2 * normal(experts, 2, rows, width, device=device, dtype=dtype, seed=seed) for seed in (0, 1))
+    found = []
+    for triton in (True, False):
+        out, slopes = (torch.full_like(hidden, -7.0) for _ in range(2))
+        with patch.object(kernels, "use_triton", lambda tensor, triton=triton: triton):
+            gelu.gelu_into(out[:, 1], hidden[:, 1])
+            gelu.gelu_backward_into(slopes[:, 1], grad[:, 0], hidden[:, 1])
+        assert (out[:, 0] == -7).all() and (slopes[:, 0] == -7).all()
+        found.append((out, slopes))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, **TOLERANCE[dtype])
 
 
 # ------------------------------------------------------------------------------------------- dispatch and combine

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ecdit.model.kernels.gelu import gelu_backward_into, gelu_into
 from ecdit.model.layers import gelu
 from parallel.dispatch import Way
 from parallel.fp8_rows import Fp8Rows
@@ -86,23 +87,39 @@ class _Products(torch.autograd.Function):
 
 
 class ExpertsBetween(torch.autograd.Function):
-    """The same between the ways there and back of an exchange, while other chunks of the experts' rows are on theirs.
+    """The same between the ways there and back of an exchange, while rows travel.
 
-    Weight gradients come last, in one product over all chunks: the last rows go home meanwhile, and a product of fewer
-    experts would leave more multiprocessors without a tile.
+    This rank's own rows need not travel: half of its experts compute theirs while the first rows of others are on their
+    way here, the rest while the last are on their way back. Weight gradients come last, in one product over all rows: a
+    product of fewer experts would leave more multiprocessors without a tile.
+
+    Shapes: `n` ranks, `E` experts and `e` of a chunk; an expert's rows are those of n ranks, this one's last.
     """
 
     @staticmethod
     def forward(ctx, up: Tensor, down: Tensor, there: Way, back: Way, *tokens: Tensor) -> tuple[Tensor, ...]:
-        """tokens: as `parallel.dispatch` has them, one a chunk. Rows of a chunk: (e, n, R, D)."""
-        chunks, rows = len(tokens), there.whole(up.dtype)
-        hidden = rows.new_empty(chunks, rows.shape[1], rows.shape[2] * rows.shape[3], up.shape[1])
+        """tokens: as `parallel.dispatch` has them, one a chunk."""
+        rows, own = there.whole(up.dtype), there.own(up.dtype)  # (E, n, R, D), (E, R, D)
+        hidden = rows.new_empty(*rows.shape[:3], up.shape[1])
         active = torch.empty_like(hidden)
-        for c, (first, second) in enumerate(zip(up.chunk(chunks), down.chunk(chunks), strict=True)):
-            x = there.enter(c, up.dtype)
-            torch.bmm(x.flatten(1, 2), first.mT, out=hidden[c])
-            torch.ops.aten.gelu.out(hidden[c], approximate="tanh", out=active[c])
-            back.leave(c, torch.bmm(active[c], second.mT).view_as(x))
+
+        def compute(x: Tensor, out: Tensor, which: slice, whose: slice) -> None:
+            """Of some experts, some ranks' rows, (e, their rows, D) each."""
+            if not len(x):
+                return
+            first, second = (y[which, whose].flatten(1, 2) for y in (hidden, active))
+            torch.bmm(x, up[which].mT, out=first)
+            gelu_into(second, first)
+            torch.bmm(second, down[which].mT, out=out)
+
+        some, rest, home = *_halves(own), back.own_home(rows)
+        compute(own[some], home[some], some, MINE)
+        for c in range(len(tokens)):
+            x = there.enter(c, up.dtype)[:, OTHERS]
+            y = torch.empty_like(x, memory_format=torch.contiguous_format)
+            compute(x.flatten(1, 2), y.flatten(1, 2), there.experts_of(c), OTHERS)
+            back.leave(c, y)
+        compute(own[rest], home[rest], rest, MINE)
         ctx.save_for_backward(rows, hidden, active)
         ctx.weights, ctx.ways = (up, down), (there, back)
         return tuple(token.new_empty(0) for token in tokens)
@@ -110,23 +127,38 @@ class ExpertsBetween(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *tokens: Tensor):
         (rows, hidden, active), (up, down), (there, back) = ctx.saved_tensors, ctx.weights, ctx.ways
-        chunks, grads, slopes = len(tokens), back.whole(up.dtype), torch.empty_like(hidden)
-        weights = list(zip(up.chunk(chunks), down.chunk(chunks), strict=True))
-        for c in reversed(range(chunks)):
-            first, second = weights[c]
-            grad = back.enter(c, up.dtype)
-            by_active = torch.bmm(grad.flatten(1, 2), second)
-            torch.ops.aten.gelu_backward.grad_input(by_active, hidden[c], approximate="tanh", grad_input=slopes[c])
-            if any(ctx.needs_input_grad[4:]):
-                there.leave(c, torch.bmm(slopes[c], first).view_as(grad))
-        grad_down = weight_gradient(down, _of_experts(grads.flatten(2, 3)).mT, _of_experts(active))
-        grad_up = weight_gradient(up, _of_experts(slopes).mT, _of_experts(rows.flatten(2, 3)))
+        grads, own, slopes = back.whole(up.dtype), back.own(up.dtype), torch.empty_like(hidden)
+        wanted = any(ctx.needs_input_grad[4:])
+
+        def compute(grad: Tensor, out: Tensor | None, which: slice, whose: slice) -> None:
+            if not len(grad):
+                return
+            first, slope = (y[which, whose].flatten(1, 2) for y in (hidden, slopes))
+            gelu_backward_into(slope, torch.bmm(grad, down[which]), first)
+            if out is not None:
+                torch.bmm(slope, up[which], out=out)
+
+        some, rest = _halves(own)
+        home = there.own_home(rows) if wanted else None
+        compute(own[some], home[some] if wanted else None, some, MINE)
+        for c in reversed(range(len(tokens))):
+            grad = back.enter(c, up.dtype)[:, OTHERS]
+            y = torch.empty_like(grad, memory_format=torch.contiguous_format) if wanted else None
+            compute(grad.flatten(1, 2), y.flatten(1, 2) if wanted else None, there.experts_of(c), OTHERS)
+            if wanted:
+                there.leave(c, y)
+        compute(own[rest], home[rest] if wanted else None, rest, MINE)
+        grad_down = weight_gradient(down, grads.flatten(1, 2).mT, active.flatten(1, 2))
+        grad_up = weight_gradient(up, slopes.flatten(1, 2).mT, rows.flatten(1, 2))
         return grad_up, grad_down, None, None, *(token.new_empty(0) for token in tokens)
 
 
-def _of_experts(x: Tensor) -> Tensor:
-    """Chunks and a chunk's experts -> all experts: (c, e, ...) -> (c e, ...)."""
-    return x.flatten(0, 1)
+MINE, OTHERS = slice(-1, None), slice(None, -1)  # of the ranks that an expert's rows are of
+
+
+def _halves(of_experts: Tensor) -> tuple[slice, slice]:
+    half = (len(of_experts) + 1) // 2
+    return slice(half), slice(half, None)
 
 
 class ChunkedFfn(torch.autograd.Function):

@@ -36,7 +36,9 @@ def collectives(recipe: Recipe, place: Place, gpu: Gpu, here: Stage, micro_batch
     found = []
     for (kind, axis, ranks), (calls, size, _) in sorted(here.sent.items()):
         made = _collective(kind, axis, ranks, calls * micro_batches, size * micro_batches, place, gpu)
-        found.append(_with_exposed(made, made.seconds * (_exposed_share(recipe) if axis == "expert" else 1.0)))
+        found.append(
+            _with_exposed(made, _exposed(recipe, made, here, micro_batches) if axis == "expert" else made.seconds)
+        )
     found += _pipeline(recipe, place, gpu, micro_batches)
     size = TYPES[recipe.train.precision].itemsize
     if recipe.engine == "deepspeed":
@@ -50,12 +52,16 @@ def collectives(recipe: Recipe, place: Place, gpu: Gpu, here: Stage, micro_batch
     return found
 
 
-def _exposed_share(recipe: Recipe) -> float:
-    """Of the time of rows on their way to the experts and back: the first chunk has nothing to hide behind, except for
-    one way of four, which the weights' gradients hide where the model's own code computes them."""
+def _exposed(recipe: Recipe, made: Collective, here: Stage, micro_batches: int) -> float:
+    """Of rows on their way to the experts and back, four ways a layer: of each the first or last chunk. Where the
+    model's own code computes the experts, half of a rank's own rows hide it, and the weights' gradients all of one
+    way."""
+    way = made.seconds / 4 / recipe.parallel.dispatch_chunks
     library = recipe.precision.fp8 != "none" and "experts" in recipe.precision.where
-    ways = 4 if library or recipe.parallel.expert_tensor > 1 else 3
-    return ways / 4 / recipe.parallel.dispatch_chunks
+    if library or recipe.parallel.expert_tensor > 1:
+        return 4 * way
+    products = here.seconds["experts"] * micro_batches / 3  # forward; as much again for each of two kinds of gradients
+    return 3 * max(0.0, way - products / made.ranks / 2)
 
 
 def boxes(recipe: Recipe, place: Place, gpu: Gpu, here: Stage) -> float:
