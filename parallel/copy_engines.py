@@ -37,7 +37,8 @@ class CopyEngines:
         # nothing here needs a multicast address, which rendezvous would make for every buffer
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         self._driver, self._group, self._device = driver, group, device
-        self.sending, self.arriving = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        # ahead of the products where a copy is a kernel after all
+        self.sending, self.arriving = (torch.cuda.Stream(device, priority=-1) for _ in range(2))
         self._kept: list[tuple] = []  # all that was ever shared: graphs know its addresses
         self._set_up(group.rank(), group.size(), boxes)
         torch.cuda.synchronize(device)  # before `between` has all ranks wait for each other

@@ -149,7 +149,7 @@ class Way:
         return slice(c * self._experts, (c + 1) * self._experts)
 
     def own(self, dtype: torch.dtype) -> Tensor:
-        """Rows of this rank for its own experts: (c e, R, D). To be asked for before any enters."""
+        """Rows of this rank for its own experts: (c e, R, D). To be asked for before the last chunk enters."""
         x, *scale = self._own
         if not scale:
             return x
@@ -178,14 +178,14 @@ class Way:
         return entered
 
     def leave(self, c: int, y: Tensor, own: Tensor | None = None) -> None:
-        """y (e, n - 1, R, D) is the others'; own (e, R, D), or None where it is home already."""
+        """y (e, n - 1, R, D) is the others'; own (e, R, D), or None where it goes by `own_home`."""
         travel, at_home = self._sorted(self._at_home(y))
         here = [] if own is None else [(at_home[self.experts_of(c)], own)]
         self._boxes[c].start([y.transpose(0, 1)], [travel[c]], here)
 
     def own_home(self, like: Tensor) -> Tensor:
-        """Where what this rank's experts make of its own rows is to be written: (c e, R, D). like (..., n, R, D)."""
-        return self._sorted(self._at_home(like[:, 1:]))[1]
+        """Where what this rank's experts make of its own rows is to be written: (c e, R, D). like (..., R, D)."""
+        return self._sorted(self._at_home(like))[1]
 
     def home(self) -> Tensor:
         """What left for this rank: (M, D), in the order of the wire."""
@@ -194,11 +194,11 @@ class Way:
         home, self._home = self._home, None
         return home
 
-    def _at_home(self, y: Tensor) -> Tensor:
-        """y (..., n - 1, R, D)."""
+    def _at_home(self, like: Tensor) -> Tensor:
+        """like (..., R, D)."""
         if self._home is None:
-            rows, width = y.shape[-2:]
-            self._home = y.new_empty(self.chunks * self._ranks * self._experts * rows, width)
+            rows, width = like.shape[-2:]
+            self._home = like.new_empty(self.chunks * self._ranks * self._experts * rows, width)
         return self._home
 
     def _sorted(self, part: Tensor) -> tuple[Tensor, Tensor]:

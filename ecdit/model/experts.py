@@ -89,9 +89,9 @@ class _Products(torch.autograd.Function):
 class ExpertsBetween(torch.autograd.Function):
     """The same between the ways there and back of an exchange, while rows travel.
 
-    This rank's own rows need not travel: half of its experts compute theirs while the first rows of others are on their
-    way here, the rest while the last are on their way back. Weight gradients come last, in one product over all rows: a
-    product of fewer experts would leave more multiprocessors without a tile.
+    This rank's own rows need not travel: forward, half of them are computed while the first rows of others are on their
+    way here, the rest while the last are on their way back. Backward all of them come first, and weight gradients last,
+    in one product over all rows: one of fewer experts would leave more multiprocessors without a tile.
 
     Shapes: `n` ranks, `E` experts and `e` of a chunk; an expert's rows are those of n ranks, this one's last.
     """
@@ -103,23 +103,22 @@ class ExpertsBetween(torch.autograd.Function):
         hidden = rows.new_empty(*rows.shape[:3], up.shape[1])
         active = torch.empty_like(hidden)
 
-        def compute(x: Tensor, out: Tensor, which: slice, whose: slice) -> None:
-            """Of some experts, some ranks' rows, (e, their rows, D) each."""
-            if not len(x):
-                return
-            first, second = (y[which, whose].flatten(1, 2) for y in (hidden, active))
-            torch.bmm(x, up[which].mT, out=first)
+        def compute(x: Tensor, out: Tensor, experts: slice, ranks: slice, part: slice = ALL) -> None:
+            """A part of some ranks' rows of some experts, (e, rows, D) each."""
+            first, second = (y[experts, ranks, part].flatten(1, 2) for y in (hidden, active))
+            torch.bmm(x, up[experts].mT, out=first)
             gelu_into(second, first)
-            torch.bmm(second, down[which].mT, out=out)
+            torch.bmm(second, down[experts].mT, out=out)
 
-        some, rest, home = *_halves(own), back.own_home(rows)
-        compute(own[some], home[some], some, MINE)
+        (some, rest), home = _halves(own), back.own_home(rows)
+        compute(own[some], home[some], some[0], MINE, some[1])
         for c in range(len(tokens)):
             x = there.enter(c, up.dtype)[:, OTHERS]
             y = torch.empty_like(x, memory_format=torch.contiguous_format)
             compute(x.flatten(1, 2), y.flatten(1, 2), there.experts_of(c), OTHERS)
             back.leave(c, y)
-        compute(own[rest], home[rest], rest, MINE)
+        if own[rest].numel():
+            compute(own[rest], home[rest], rest[0], MINE, rest[1])
         ctx.save_for_backward(rows, hidden, active)
         ctx.weights, ctx.ways = (up, down), (there, back)
         return tuple(token.new_empty(0) for token in tokens)
@@ -130,35 +129,33 @@ class ExpertsBetween(torch.autograd.Function):
         grads, own, slopes = back.whole(up.dtype), back.own(up.dtype), torch.empty_like(hidden)
         wanted = any(ctx.needs_input_grad[4:])
 
-        def compute(grad: Tensor, out: Tensor | None, which: slice, whose: slice) -> None:
-            if not len(grad):
-                return
-            first, slope = (y[which, whose].flatten(1, 2) for y in (hidden, slopes))
-            gelu_backward_into(slope, torch.bmm(grad, down[which]), first)
+        def compute(grad: Tensor, out: Tensor | None, experts: slice, ranks: slice) -> None:
+            first, slope = (y[experts, ranks].flatten(1, 2) for y in (hidden, slopes))
+            gelu_backward_into(slope, torch.bmm(grad, down[experts]), first)
             if out is not None:
-                torch.bmm(slope, up[which], out=out)
+                torch.bmm(slope, up[experts], out=out)
 
-        some, rest = _halves(own)
-        home = there.own_home(rows) if wanted else None
-        compute(own[some], home[some] if wanted else None, some, MINE)
+        compute(own, there.own_home(rows) if wanted else None, ALL, MINE)
         for c in reversed(range(len(tokens))):
             grad = back.enter(c, up.dtype)[:, OTHERS]
             y = torch.empty_like(grad, memory_format=torch.contiguous_format) if wanted else None
             compute(grad.flatten(1, 2), y.flatten(1, 2) if wanted else None, there.experts_of(c), OTHERS)
             if wanted:
                 there.leave(c, y)
-        compute(own[rest], home[rest] if wanted else None, rest, MINE)
         grad_down = weight_gradient(down, grads.flatten(1, 2).mT, active.flatten(1, 2))
         grad_up = weight_gradient(up, slopes.flatten(1, 2).mT, rows.flatten(1, 2))
         return grad_up, grad_down, None, None, *(token.new_empty(0) for token in tokens)
 
 
-MINE, OTHERS = slice(-1, None), slice(None, -1)  # of the ranks that an expert's rows are of
+ALL, MINE, OTHERS = slice(None), slice(-1, None), slice(None, -1)  # the latter two: of the ranks whose rows they are
 
 
-def _halves(of_experts: Tensor) -> tuple[slice, slice]:
-    half = (len(of_experts) + 1) // 2
-    return slice(half), slice(half, None)
+def _halves(own: Tensor) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Experts and rows of each half of (E, R, ...): half of the experts, or half of the rows of a single one."""
+    experts, rows = ((size + 1) // 2 for size in own.shape[:2])
+    if len(own) == 1:
+        return (ALL, slice(rows)), (ALL, slice(rows, None))
+    return (slice(experts), ALL), (slice(experts, None), ALL)
 
 
 class ChunkedFfn(torch.autograd.Function):

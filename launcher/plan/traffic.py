@@ -5,6 +5,7 @@ Ranks of a node are consecutive, and so are those of a tensor group, as in `para
 
 from dataclasses import dataclass
 
+from ecdit.diffusion.masking import keep_count, ratio_at
 from ecdit.recipe import Recipe
 from launcher.plan import zero
 from launcher.plan.gpus import Gpu
@@ -53,15 +54,19 @@ def collectives(recipe: Recipe, place: Place, gpu: Gpu, here: Stage, micro_batch
 
 
 def _exposed(recipe: Recipe, made: Collective, here: Stage, micro_batches: int) -> float:
-    """Of rows on their way to the experts and back, four ways a layer: of each the first or last chunk. Where the
-    model's own code computes the experts, half of a rank's own rows hide it, and the weights' gradients all of one
-    way."""
-    way = made.seconds / 4 / recipe.parallel.dispatch_chunks
+    """Of rows on their way to the experts and back: of each way of a layer the first or last chunk. Where the model's
+    own code computes the experts, half of a rank's own rows hide it forward, all of them one way backward, and the
+    weights' gradients the other."""
+    sizes = recipe.parallel
+    forward = 1 if recipe.train.recompute == "none" else 2  # passes
+    way = made.seconds / (2 * forward + 2) / sizes.dispatch_chunks
     library = recipe.precision.fp8 != "none" and "experts" in recipe.precision.where
-    if library or recipe.parallel.expert_tensor > 1:
-        return 4 * way
-    products = here.seconds["experts"] * micro_batches / 3  # forward; as much again for each of two kinds of gradients
-    return 3 * max(0.0, way - products / made.ranks / 2)
+    kept = keep_count(recipe.model.tokens, ratio_at(recipe.masking.schedule, 0))
+    spanning = sizes.tensor > 1 and recipe.train.micro_batch * kept // sizes.tensor % recipe.model.group_tokens
+    if library or sizes.expert_tensor > 1 or spanning:
+        return (2 * forward + 2) * way
+    own = here.seconds["experts"] * micro_batches / (forward + 2) / made.ranks  # products of one kind
+    return 2 * forward * max(0.0, way - own / 2) + max(0.0, way - own)
 
 
 def boxes(recipe: Recipe, place: Place, gpu: Gpu, here: Stage) -> float:
