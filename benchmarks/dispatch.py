@@ -21,7 +21,7 @@ from benchmarks.peers import GPU, STD, differentiated
 from ecdit.model.experts import ExpertsBetween, batched_ffn
 from ecdit.model.kernels import slots
 from ecdit.model.router import RoutingPlan, expert_choice
-from parallel.copy_engines import between as engines_between
+from parallel.copy_engines import engines_of
 from parallel.dispatch import Exchange
 from parallel.topology import Layout, Topology
 from parallel.topology import start as start_ranks
@@ -117,7 +117,7 @@ def _between(topology: Topology, seconds: float) -> list[Row]:
     """All ranks as one expert-parallel group, whose experts are of the model's own shapes. Where copy engines carry the
     rows, against NCCL."""
     ranks, group = topology.ranks, topology.groups.ep
-    engines, _ = engines_between(group, 2 * CHUNKS[-1], topology.device)
+    engines, _ = engines_of(group, 2 * CHUNKS[-1], topology.device)
     theirs: Carry = lambda _box: Collective(group)  # noqa: E731
     ours = engines.box if engines else theirs
     kind = str(TYPE).removeprefix("torch.")
@@ -131,10 +131,7 @@ def _between(topology: Topology, seconds: float) -> list[Row]:
         Variant(whole, lambda: _way(topology, 1, ours, compute=True)),
         Variant(travel, lambda: _way(topology, 1, ours, compute=False)),
         Variant(alone, lambda: _experts_alone(ranks)),
-        *(
-            Variant(in_chunks(n), lambda n=n: _way(topology, n, ours, compute=True), whole)  # type: ignore[misc]
-            for n in CHUNKS[1:]
-        ),
+        *(Variant(in_chunks(n), lambda n=n: _way(topology, n, ours, compute=True), whole) for n in CHUNKS[1:]),
     ]
     if engines:
         variants += [

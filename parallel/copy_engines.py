@@ -41,7 +41,7 @@ class CopyEngines:
         self.sending, self.arriving = (torch.cuda.Stream(device, priority=-1) for _ in range(2))
         self._kept: list[tuple] = []  # all that was ever shared: graphs know its addresses
         self._set_up(group.rank(), group.size(), boxes)
-        torch.cuda.synchronize(device)  # before `between` has all ranks wait for each other
+        torch.cuda.synchronize(device)  # before `engines_of` has all ranks wait for each other
 
     def _set_up(self, me: int, ranks: int, boxes: int) -> None:
         self.me, self.ranks, self._boxes = me, ranks, boxes
@@ -191,7 +191,7 @@ def _checked(answer: tuple) -> None:
         raise RuntimeError(f"the driver refused to have a stream wait or write: {answer[0].name}")
 
 
-def between(group: dist.ProcessGroup, boxes: int, device: torch.device) -> tuple[CopyEngines | None, str | None]:
+def engines_of(group: dist.ProcessGroup, boxes: int, device: torch.device) -> tuple[CopyEngines | None, str | None]:
     """Copy engines of a group that has GPUs of one host alone, or None; and why not, if it is one host's. All ranks of
     the group at once."""
     if group.size() == 1 or device.type != "cuda":

@@ -23,7 +23,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
-from parallel.fp8_rows import Fp8Rows, plain, widen_into
+from parallel.fp8_rows import Fp8Rows, plain, widen, widen_into
 from parallel.spread import ExpertFunction
 from parallel.transport import Transport
 
@@ -153,9 +153,7 @@ class Way:
         x, *scale = self._own
         if not scale:
             return x
-        return widen_into(
-            torch.empty(x.shape, dtype=dtype, device=x.device).flatten(0, 1), x.flatten(0, 1), scale[0].flatten()
-        ).view_as(x)
+        return widen(x.flatten(0, 1), scale[0].flatten(), dtype).view_as(x)
 
     def whole(self, dtype: torch.dtype) -> Tensor:
         """What holds all rows for this rank's experts when all chunks have entered: (c e, n, R, D)."""

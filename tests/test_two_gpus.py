@@ -12,7 +12,7 @@ from ecdit import load_recipe
 from ecdit.data.prepare import prepare_shapes
 from ecdit.train import train
 from parallel import topology
-from parallel.copy_engines import between
+from parallel.copy_engines import engines_of
 from parallel.fp8_rows import FP8
 from parallel.graph import own_stream
 from parallel.topology import Layout
@@ -96,7 +96,7 @@ def some_rows(seed, number, blocks, rows, fp8, device):
 def sent_both_ways():
     """Whether what copy engines brought is what a collective brought, each time."""
     place = topology.start(Layout(expert=2), 1.0)
-    engines, why = between(place.groups.ep, 2, place.device)
+    engines, why = engines_of(place.groups.ep, 2, place.device)
     assert why is None, why
     rank, same = place.rank, []
     boxes, collective = [engines.box(0), engines.box(1)], Collective(place.groups.ep)

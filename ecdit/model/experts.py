@@ -54,9 +54,7 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor | Fp8Rows, *, spanning: bool = False) -> Tensor:
         """A row for every slot of all experts, in the order of `exchange`: (M, D) -> (M, D)."""
-        between = None
-        if self.ffns is None:
-            between = partial(ExpertsBetween.apply, self.up, self.down)
+        between = partial(ExpertsBetween.apply, self.up, self.down) if self.ffns is None else None
         up, down = (parts(weight, self.exchange.chunks) for weight in (self.up, self.down))
         kernel = ChunkedFfn.apply if self.up.device.type == "cpu" else batched_ffn
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor, nn
 
-from parallel.copy_engines import between
+from parallel.copy_engines import engines_of
 from parallel.dispatch import Exchange
 from parallel.layers import PlainLinears
 from parallel.layers.megatron import MegatronLinears
@@ -76,7 +76,7 @@ class RankSpread(Spread):
     def _carry(self) -> tuple[Callable[[int], Transport], str | None]:
         """What makes the transport of a box, one for all layers; what to tell of it."""
         group = self._groups.ep
-        engines, why = between(group, 2 * self._chunks, self._topology.device)
+        engines, why = engines_of(group, 2 * self._chunks, self._topology.device)
         if engines is not None:
             return engines.box, None
         told = f"Tokens go to their experts by NCCL and not by the GPUs' copy engines: {why}" if why else None
