@@ -1,7 +1,7 @@
 """A function of tensors as a CUDA graph: the host launches one thing where it would launch every kernel by itself."""
 
-from collections.abc import Callable, Hashable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from weakref import WeakSet
 
 import torch
@@ -13,6 +13,7 @@ Lot = tuple[Tensor, ...]
 
 
 _made: WeakSet["Graphed"] = WeakSet()
+_watchers: list[None] = []  # open `without_graphs`
 
 
 class GraphError(Exception):
@@ -36,6 +37,8 @@ class Graphed:
 
     def __call__(self, key: Hashable, numbers: Tensor, lots: Iterable[Lot]) -> Tensor:
         """Raises GraphError where the function cannot be captured."""
+        if _watchers:
+            return self._function(numbers, lots)
         if key != self._key:
             self._key, self._calls, self._graph = key, 0, None
         if self._calls < WARM_UP:
@@ -78,6 +81,17 @@ def release_all() -> None:
     for ever."""
     for graphed in list(_made):
         graphed.release()
+
+
+@contextmanager
+def without_graphs() -> Iterator[None]:
+    """Within it every call runs as it is: hooks on modules hear nothing of a replay, and may ask for what a capture
+    cannot give. Graphs that there are already are replayed again afterwards."""
+    _watchers.append(None)
+    try:
+        yield
+    finally:
+        _watchers.pop()
 
 
 def own_stream(device: torch.device) -> AbstractContextManager:

@@ -23,6 +23,7 @@ from ecdit.model.router import Router
 from ecdit.run import Run
 from ecdit.sampling import Sampler, Samples, sample_settings
 from parallel import topology
+from parallel.graph import WARM_UP, Graphed
 from parallel.spread import Spread
 from parallel.topology import Layout
 from tests.layouts import Case, build, global_batch, randomize, slice_of
@@ -92,6 +93,18 @@ def test_watching_a_training_step_changes_nothing_and_sees_it_once(recompute):
     to_differentiate(per_image, extra, out, case.batch, case.batch)[0].backward()
     for ours, theirs in zip(watched.parameters(), alone.parameters(), strict=True):
         assert torch.equal(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("context", [watch_routing, watch_attention])
+def test_while_a_model_is_watched_nothing_is_replayed(context):
+    """A replay would call no hook. Here without a GPU: a call that is to be captured fails."""
+    step = Graphed(lambda numbers, _lots: numbers + 1)
+    with context(model_of(CASE), lambda *_: None):
+        for _ in range(WARM_UP + 1):
+            assert step("key", torch.ones(1), []) == 2
+    with pytest.raises(Exception, match="CUDA"):
+        for _ in range(WARM_UP + 1):
+            step("key", torch.ones(1), [])
 
 
 def test_what_nobody_watches_has_no_hooks():

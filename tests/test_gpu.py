@@ -5,14 +5,18 @@ import pytest
 import torch
 
 from ecdit import load_recipe
+from ecdit.analyze.study import Study, study
+from ecdit.analyze.watch import watch_attention, watch_routing
 from ecdit.callbacks.held_out import HeldOutLoss
 from ecdit.data.encoders import load_text_encoder
 from ecdit.data.prepare import prepare_shapes
+from ecdit.sampling import Sampler
 from ecdit.train import train
 from parallel.topology import Layout
 from tests.gpu import Curve, differences
 from tests.layouts import Case, train_case, train_oracle
 from tests.tiny_encoders import WIDTH, make_text_encoder
+from tests.tiny_runs import random_run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -83,3 +87,18 @@ def test_a_step_makes_no_host_wait_and_is_the_same_as_a_graph(tmp_path, routing,
     assert curves[True] == pytest.approx(curves[False], rel=1e-5)
     seen = [np.load(tmp_path / f"{routing}-{graph}/held-out/step-10.npy") for graph in (False, True)]
     assert seen[0] == pytest.approx(seen[1], rel=1e-4)  # the averaged weights were put in and taken out again
+
+
+def test_a_watched_sampler_draws_what_its_graph_draws(tmp_path):
+    """`ecdit analyze` on a GPU, and pictures after it."""
+    run = random_run(tmp_path)
+    sampler, settings = Sampler.from_run(run), run.recipe().sample.model_copy(update={"steps": 6, "batch": 2})
+    prompts, seeds = ["a red circle", "a blue square"], [0, 1]
+    replayed = sampler.draw(prompts, seeds, settings).latents
+    seen = []
+    with watch_attention(sampler.model, lambda layer, _: None), watch_routing(sampler.model, seen.append):
+        watched = sampler.draw(prompts, seeds, settings).latents
+    again = sampler.draw(prompts, seeds, settings).latents
+    assert len(seen) == 6 and len(seen[0].layers) == 2
+    torch.testing.assert_close(watched, replayed, rtol=1e-5, atol=1e-5)
+    assert torch.equal(again, replayed) and isinstance(study(run, prompts, 1, 0, settings), Study)

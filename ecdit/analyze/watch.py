@@ -1,7 +1,7 @@
 """Watches a running model, in sampling and in training: which experts took which tokens, and what the tokens read.
 
 Both are context managers that hang forward hooks on a model and take them off again; a model that nobody watches has
-none, so that watching costs nothing when it is off.
+none, so that watching costs nothing when it is off. Meanwhile a step is launched where it would be replayed as a graph.
 
 Shapes: `B` images, `S` tokens of an image, `K` of them that masking kept, `L` text tokens, `H` query heads, `E`
 experts, `N` tokens that this rank routes, `M` slots.
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ecdit.model.attention import CrossAttention
 from ecdit.model.dit import EcDit
 from ecdit.model.router import Router, RoutingPlan
+from parallel.graph import without_graphs
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def watch_routing(model: EcDit, on_pass: Callable[[Pass], None]) -> Iterator[Non
         *(router.register_forward_hook(routed(layer)) for layer, router in _parts(model, Router)),
     ]
     try:
-        yield
+        with without_graphs():
+            yield
     finally:
         for hook in hooks:
             hook.remove()
@@ -85,7 +87,8 @@ def watch_attention(model: EcDit, on_layer: Callable[[int, Tensor], None]) -> It
 
     hooks = [part.register_forward_pre_hook(hook(layer)) for layer, part in _parts(model, CrossAttention)]
     try:
-        yield
+        with without_graphs():
+            yield
     finally:
         for handle in hooks:
             handle.remove()
