@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.checkpoint.boxes import Boxes
@@ -21,9 +22,11 @@ WORST = 0.15  # relative error of a product of random numbers in FP8 that is no 
 
 class Fp8Module(Protocol):
     """A library's module whose products may be in FP8. `in_fp8`: whether they are. Its products are number
-    `first_product` and on, of `all_products` of the layer: one for each expert."""
+    `first_product` and on, of `all_products` of the layer: one for each expert. `same_products`: the ranks that have
+    them too, over which maxima of delayed scaling are taken; None: all ranks."""
 
     in_fp8: bool
+    same_products: dist.ProcessGroup | None
     products: int
     first_product: int
     all_products: int
@@ -41,14 +44,15 @@ class Fp8:
         self.weights = 0  # how often they have changed
         self._recipe = None
 
-    def region(self) -> AbstractContextManager:
-        """Around a model's forward pass: modules that can compute in FP8 do."""
+    def region(self, same_products: dist.ProcessGroup | None = None) -> AbstractContextManager:
+        """Around a model's forward pass: modules that can compute in FP8 do. Around a module's making: the ranks over
+        which its maxima are taken."""
         if not self.where:
             return nullcontext()
         import transformer_engine.pytorch as te
 
         self._recipe = self._recipe or self._make_recipe()
-        return te.autocast(enabled=True, recipe=self._recipe)
+        return te.autocast(enabled=True, recipe=self._recipe, amax_reduction_group=same_products)
 
     def weights_changed(self) -> None:
         """To be called when they have: what was cast of them is then cast anew (`Kept`)."""
@@ -92,8 +96,8 @@ class Fp8:
                 module.in_fp8 = False
                 messages[shape] = f"precision.fp8: {self.kind} is left out for {shape}: {tried[shape]}"
         FP8GlobalStateManager.reset()  # it would go on to scale what was tried
-        with self.region():
-            for _, module in fp8_modules(model):
+        for _, module in fp8_modules(model):
+            with self.region(module.same_products):
                 module.init_fp8_metadata(num_gemms=module.products)
         return list(messages.values())
 

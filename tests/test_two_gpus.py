@@ -1,4 +1,4 @@
-"""What needs two GPUs: the same parity over NCCL, graphs with collectives in them, and rows sent by copy engines."""
+"""What needs two GPUs: the same parity over NCCL, graphs with collectives in them, FP8, rows sent by copy engines."""
 
 import os
 import time
@@ -79,6 +79,48 @@ def test_steps_of_two_gpus_are_the_same_as_a_graph(tmp_path):
         launched, replayed = next(curves), next(curves)
         print(layout, launched, replayed)
         assert len(launched) == 10 and replayed == pytest.approx(launched, rel=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------------- FP8
+
+
+def runs_in_fp8(kind, *of_each):
+    """For `losses_of_runs`: a name and changes of each."""
+    fp8 = [f"precision.fp8={kind}", "optimizer.schedule=constant"]
+    return [([*fp8, f"run={kind}-{name}", *changes], free_port()) for name, *changes in of_each]
+
+
+def near(kind, name, found, expected, tolerance=2e-3):
+    print(kind, name, max(abs(a / b - 1) for a, b in zip(found, expected, strict=True)), flush=True)
+    return found == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["delayed", "block"])
+def test_one_gpu_goes_on_with_the_scales_of_two(tmp_path, kind):
+    """Maxima of delayed scaling are those of an expert's own rows, wherever it is."""
+    prepare_shapes(tmp_path / "shapes", count=64, seed=0)
+    both = ["parallel.expert=2", "train.graph=true"]
+    asked = runs_in_fp8(kind, ["two", *both, "train.steps=16"], ["parts", *both, "train.steps=8"])
+    two, _ = run_on_ranks(losses_of_runs, 2, str(tmp_path), asked)[0]
+    asked = runs_in_fp8(kind, ["parts", "train.steps=16"], ["one", "train.steps=16"])
+    rest, one = run_on_ranks(losses_of_runs, 1, str(tmp_path), asked)[0]
+    assert near(kind, "two", two, one) and near(kind, "then one", rest, two[8:])
+
+
+def test_layouts_train_in_fp8_as_one_gpu(tmp_path):
+    prepare_shapes(tmp_path / "shapes", count=64, seed=0)
+    layouts = {
+        "tensor": ["parallel.tensor=2", "parallel.sequence=true"],
+        "chunks": ["parallel.expert=2", "parallel.dispatch_chunks=2", "parallel.dispatch_fp8=true"],
+        "pipeline": ["parallel.pipeline=2", "train.recompute=block"],
+    }
+    of_kind = {"delayed": ["tensor", "chunks"], "current": list(layouts), "block": list(layouts)}  # not all go together
+    asked = [(kind, name) for kind, names in of_kind.items() for name in names]
+    ones = [run for kind in of_kind for run in runs_in_fp8(kind, ["one"])]
+    one = dict(zip(of_kind, run_on_ranks(losses_of_runs, 1, str(tmp_path), ones)[0], strict=True))
+    runs = [run for kind, name in asked for run in runs_in_fp8(kind, [name, *layouts[name]])]
+    for (kind, name), found in zip(asked, run_on_ranks(losses_of_runs, 2, str(tmp_path), runs)[0], strict=True):
+        assert near(kind, name, found, one[kind], 1e-2)
 
 
 # ----------------------------------------------------------------------------------------------------- copy engines

@@ -9,6 +9,7 @@ Shapes: `e` experts, `R` rows of an expert, `D` their width, `F` their hidden wi
 from contextlib import ExitStack
 
 import torch
+import torch.distributed as dist
 import transformer_engine.pytorch as te
 import transformer_engine_torch as tex
 from torch import Tensor, nn
@@ -25,10 +26,20 @@ from parallel.weight_gradients import handed_over, share_kept, sum_of
 class GroupedFfn(nn.Module):
     """The experts of a rank, or of a chunk of them. `plain` computes the same in the model's own type."""
 
-    def __init__(self, fp8: Fp8, width: int, hidden: int, plain: ExpertFfn, first: int, count: int, of: int):
-        """Experts first ... first + count - 1 of all `of`."""
+    def __init__(
+        self,
+        fp8: Fp8,
+        width: int,
+        hidden: int,
+        plain: ExpertFfn,
+        first: int,
+        count: int,
+        of: int,
+        same: dist.ProcessGroup | None = None,
+    ):
+        """Experts first ... first + count - 1 of all `of`. same: ranks that have these, too (`Fp8Module`)."""
         super().__init__()
-        self.fp8, self.plain, self.shape = fp8, plain, (width, hidden, count)
+        self.fp8, self.plain, self.shape, self.same = fp8, plain, (width, hidden, count), same
         self.up = GroupedProduct(self, count, width, hidden, first, of)
         self.down = GroupedProduct(self, count, hidden, width, first, of)
 
@@ -79,6 +90,7 @@ class GroupedProduct(te.GroupedLinear):
         for number in range(count):
             del self._parameters[f"weight{number}"]
         self.products, self.first_product, self.all_products = count, first, of
+        self.same_products = ffn.same
         self.kept, self.weights = Kept(ffn.fp8), []
         self._ffn = (ffn,)  # in a tuple: the module that this is a part of is none of its own
 

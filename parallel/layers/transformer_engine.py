@@ -55,6 +55,7 @@ class Linear(te.Linear):
 
     in_fp8 = False
     products, first_product, all_products = 1, 0, 1
+    same_products = None
 
     def forward(self, x: Tensor) -> Tensor:
         self.fuse_wgrad_accumulation = self.sums and sum_of(self.weight) is not None

@@ -91,7 +91,11 @@ class RankSpread(Spread):
         count = experts // ep.size() // self._chunks
         firsts = [ep.rank() * experts // ep.size() + chunk * count for chunk in range(self._chunks)]
         hidden = 4 * width // parts
-        return nn.ModuleList(GroupedFfn(self.fp8, width, hidden, plain, first, count, experts) for first in firsts)
+        # parts of an expert have one scale in a checkpoint, so maxima are then taken over all ranks
+        same = self._groups.expt_dp if parts == 1 else None
+        return nn.ModuleList(
+            GroupedFfn(self.fp8, width, hidden, plain, first, count, experts, same) for first in firsts
+        )
 
     def dense_ffn(self, width: int, plain: ExpertFfn) -> nn.Module | None:
         if "linears" not in self.fp8.where or self.tensor_ranks > 1:
