@@ -5,19 +5,20 @@ on them; encoders are left out, for all models have the same.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 from benchmarks.budget import NOTHING, Asked, Step, Variant, compare
 from benchmarks.harness import Row, device_here
-from benchmarks.peers import GPU, STD
+from benchmarks.peers import GPU, in_fp8, randomized
 from ecdit.model.count import forward_flops
 from ecdit.model.dit import EcDit
 from ecdit.recipe import Recipe
 from ecdit.recipe_io import parse_recipe
 from ecdit.sampling import Sampler, sample_settings
+from parallel.spread import Spread
 
 QUICKSTART = {
     "layers": 4, "width": 128, "heads": 4, "kv_heads": 4, "group_tokens": 256, "patch": 4, "text_width": 64,
@@ -41,25 +42,30 @@ def rows(asked: Asked = NOTHING) -> list[Row]:
         steps = asked.steps or STEPS
         dense = _recipe(shape | {"routing": "dense"})
         base = f"{size} dense, {PICTURES} pictures of {steps} steps"
+        cast = {"dense": (dense, base)} if GPU else {}  # drawn in FP8, too
         for experts in counts:
             recipe = _recipe(shape | {"experts": experts})
             name = f"{size}-{experts}E, {PICTURES} pictures of {steps} steps"
             variants.append(_variant(name, recipe, steps, base))
             more = _flops(recipe) / _flops(dense) - 1
             variants[-1].about |= {"overhead of operations": more}
+            if GPU and experts == counts[0]:
+                cast[f"{experts}E"] = recipe, name
         variants.append(_variant(base, dense, steps, None))
+        for kind, (recipe, against) in cast.items():
+            variants.append(_variant(f"{size}-{kind}, FP8 block", recipe, steps, against, fp8=True))
     found = compare(variants, asked.seconds or SECONDS, TYPE, asked.trace)
     for row, variant in ((row, variant) for row in found for variant in variants if variant.name == row.name):
         if row.milliseconds is not None:
             row.about["s a picture"] = row.milliseconds / 1e3 / variant.images
-        if row.ratio is not None:
+        if row.ratio is not None and "overhead of operations" in row.about:
             row.about["overhead"] = row.ratio - 1
     return found
 
 
-def _variant(name: str, recipe: Recipe, steps: int, against: str | None) -> Variant:
+def _variant(name: str, recipe: Recipe, steps: int, against: str | None, *, fp8: bool = False) -> Variant:
     flops = float(_flops(recipe) * 2 * steps * PICTURES)
-    return Variant(name, lambda: _drawing(recipe, steps), against, flops, images=PICTURES, warm_up=0)
+    return Variant(name, lambda: _drawing(recipe, steps, fp8), against, flops, images=PICTURES, warm_up=0)
 
 
 def _flops(recipe: Recipe) -> int:
@@ -79,8 +85,13 @@ def _recipe(model: dict) -> Recipe:
 
 
 @contextmanager
-def _drawing(recipe: Recipe, steps: int) -> Iterator[Step]:
-    sampler = Sampler(_random_model(recipe), recipe, _random_text(recipe), None)
+def _drawing(recipe: Recipe, steps: int, fp8: bool) -> Iterator[Step]:
+    with _model_in_fp8(recipe) if fp8 else nullcontext(_random_model(recipe)) as model:
+        yield _sampled(model, recipe, steps)
+
+
+def _sampled(model: EcDit, recipe: Recipe, steps: int) -> Step:
+    sampler = Sampler(model, recipe, _random_text(recipe), None)
     prompts, seeds = [""] * PICTURES, list(range(PICTURES))
 
     def draw(steps: int) -> None:
@@ -89,7 +100,18 @@ def _drawing(recipe: Recipe, steps: int) -> Iterator[Step]:
             pass
 
     draw(WARM_UP)
-    yield lambda: draw(steps)
+    return lambda: draw(steps)
+
+
+@contextmanager
+def _model_in_fp8(recipe: Recipe) -> Iterator[EcDit]:
+    def build(spread: Spread) -> EcDit:
+        with device_here():
+            return randomized(EcDit(recipe.model, spread=spread)).to(TYPE)
+
+    with in_fp8("block", build) as (model, fp8):
+        fp8.frozen = True
+        yield model
 
 
 @torch.no_grad()
@@ -98,9 +120,7 @@ def _random_model(recipe: Recipe) -> EcDit:
     with torch.device("meta"):
         model = EcDit(recipe.model)
     model = model.to(TYPE).to_empty(device=device_here())
-    for weight in model.parameters():
-        weight.normal_(std=STD)
-    return model
+    return randomized(model)
 
 
 def _random_text(recipe: Recipe):

@@ -111,15 +111,21 @@ def fp8_fits(recipe: "Recipe") -> None:
 
 
 def _rows_fit(recipe: "Recipe") -> None:
-    model, train, parallel = recipe.model, recipe.train, recipe.parallel
+    images = recipe.train.micro_batch
     for _, ratio in recipe.masking.schedule:
-        kept = int(model.tokens * (1 - ratio))
-        rows = train.micro_batch * kept * model.capacity_factor / model.experts * parallel.expert / parallel.tensor
+        kept = int(recipe.model.tokens * (1 - ratio))
+        rows = rows_of_expert(recipe, images * kept)
         if rows % FP8_MULTIPLE:
             raise ValueError(
-                f"@train.micro_batch: {train.micro_batch} images of {kept} tokens give an expert {rows:g} rows; "
+                f"@train.micro_batch: {images} images of {kept} tokens give an expert {rows:g} rows; "
                 f"precision.fp8 needs a multiple of {FP8_MULTIPLE}"
             )
+
+
+def rows_of_expert(recipe: "Recipe", tokens: int) -> float:
+    """Of all ranks that bring it some, where the tensor ranks have so many tokens."""
+    model, parallel = recipe.model, recipe.parallel
+    return tokens * model.capacity_factor / model.experts * parallel.expert / parallel.tensor
 
 
 def evaluations_have_checkpoints(recipe: "Recipe") -> None:

@@ -42,6 +42,11 @@ class Samples:
     experts: Tensor | None = None
 
 
+def batch_of(settings: SampleRecipe, tensor_ranks: int) -> int:
+    """Pictures of a forward pass: as many as asked for, or as the tensor ranks share evenly."""
+    return -(-settings.batch // tensor_ranks) * tensor_ranks
+
+
 class Sampler:
     """A model with its encoders, ready to draw. Where the model is spread over ranks, all of them draw together."""
 
@@ -105,8 +110,7 @@ class Sampler:
         return Samples(images, latents, list(prompts), list(seeds), parts[0].times, experts)
 
     def _batch(self, settings: SampleRecipe) -> int:
-        ranks = self.model.spread.tensor_ranks
-        return -(-settings.batch // ranks) * ranks
+        return batch_of(settings, self.model.spread.tensor_ranks)
 
     def _draw(self, prompts: list[str], seeds: list[int], settings: SampleRecipe, count_experts: bool) -> Samples:
         wanted = len(prompts)

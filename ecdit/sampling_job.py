@@ -14,8 +14,9 @@ from ecdit.assemble import assemble_model, check_libraries, start_topology
 from ecdit.errors import UserError, explain
 from ecdit.recipe import ParallelRecipe, Recipe
 from ecdit.recipe_io import change_recipe
+from ecdit.recipe_rules import FP8_MULTIPLE, rows_of_expert
 from ecdit.run import Run
-from ecdit.sampling import Sampler
+from ecdit.sampling import Sampler, batch_of
 from parallel import topology
 from parallel.checkpoint.boxes import Boxes
 from parallel.checkpoint.folder import MANIFEST, Checkpoint, committed, describe, open_checkpoint, step_of, verify
@@ -23,7 +24,8 @@ from parallel.failure import together
 from parallel.parameters import named_parameters
 from parallel.topology import Topology
 
-FREE = ("parallel.", "sample.", "train.precision", "train.linears")  # what sampling may change of a run's recipe
+# what sampling may change of a run's recipe
+FREE = ("parallel.", "sample.", "precision.", "train.precision", "train.linears")
 # what is of the training or its hardware alone: a run of GPUs with all of these can be drawn from on a laptop
 PLAIN = [
     "precision.fp8=none", "train.graph=false", "train.compile=false", "train.linears=torch", "train.recompute=none",
@@ -61,13 +63,31 @@ def change_for_sampling(recipe: Recipe, overrides: Sequence[str], source: str) -
         for key, value in (("model.routing", changed.model.routing), ("train.linears", changed.train.linears)):
             if value in ("megatron_topk", "transformer_engine"):
                 raise UserError(f"train.precision: fp64 does not go with {key}: {value}, which has none; try fp32")
+    if changed.precision.fp8 != "none":
+        _check_fp8(changed)
     return changed
+
+
+def _check_fp8(recipe: Recipe) -> None:
+    """Raises UserError where pictures would depend on each other, or products have dimensions that FP8 does not."""
+    kind, batch = recipe.precision.fp8, batch_of(recipe.sample, recipe.parallel.tensor)
+    if kind != "block":
+        why = {"delayed": "training steps before it", "current": "the pictures that are drawn with it"}[kind]
+        raise UserError(f"precision.fp8: {kind} would scale a picture's numbers by {why}; valid here: block, none")
+    rows = rows_of_expert(recipe, 2 * batch * recipe.model.tokens) if recipe.model.grouped else 0
+    if "experts" in recipe.precision.where and rows % FP8_MULTIPLE:
+        raise UserError(
+            f"sample.batch: {batch} pictures give an expert {rows:g} rows; precision.fp8 needs a multiple of "
+            f"{FP8_MULTIPLE}"
+        )
 
 
 def precision_of(recipe: Recipe) -> str:
     """How numbers are rounded in drawing, as pictures and scores say it."""
-    linears = recipe.train.linears
-    return recipe.train.precision if linears == "torch" else f"{recipe.train.precision}, {linears}"
+    linears, fp8 = recipe.train.linears, recipe.precision
+    named = [] if linears == "torch" else [linears]
+    in_fp8 = [] if fp8.fp8 == "none" else [f"FP8 {fp8.fp8} of {' and '.join(fp8.where)}"]
+    return ", ".join([recipe.train.precision, *named, *in_fp8])
 
 
 @contextmanager
@@ -96,6 +116,7 @@ def open_sampler(run: Run, recipe: Recipe, place: Topology, step: int | None = N
             for name, weight in named_parameters(model)
         }
         saved.load(state)
+    model.spread.fp8.frozen = True
     digest = describe(saved.folder / MANIFEST)["xxh64"]  # the manifest has the checksum of every file
     return Sampler.with_encoders(model, recipe, place.device), Source(saved.step, digest)
 

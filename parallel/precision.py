@@ -37,10 +37,12 @@ class Fp8Module(Protocol):
 
 
 class Fp8:
-    """How a model computes in FP8. `kind`: of scaling, one of KINDS or "none"; `where`: of "experts", "linears"."""
+    """How a model computes in FP8. `kind`: of scaling, one of KINDS or "none"; `where`: of "experts", "linears".
+    `frozen`: its weights no longer change, so outside of training, too, they are cast once."""
 
     def __init__(self, kind: str = "none", where: Collection[str] = ()):
         self.kind, self.where = kind, frozenset(where if kind != "none" else ())
+        self.frozen = False
         self.weights = 0  # how often they have changed
         self._recipe = None
 
@@ -111,10 +113,14 @@ class Fp8:
 
 
 class Kept:
-    """Whether a module still has its weights in FP8 from an earlier micro-batch of the step."""
+    """Whether a module still has its weights in FP8 from an earlier micro-batch of the step, or an earlier picture."""
 
     def __init__(self, fp8: Fp8):
         self._fp8, self._weights = fp8, -1
+
+    def at_all(self, training: bool) -> bool:
+        """Whether they are kept. While a model is evaluated in training, its averaged weights stand in for them."""
+        return training or self._fp8.frozen
 
     def stale(self) -> bool:
         """Whether they are to be cast now. Who asks has to do it."""

@@ -13,8 +13,10 @@ from ecdit.data.prepare import prepare_shapes
 from ecdit.model.dit import EcDit
 from ecdit.model.experts import Ffn
 from ecdit.model.moe import Moe
+from ecdit.run import Run
+from ecdit.sampling_job import joined, open_sampler, sampling_recipe
 from ecdit.train import train
-from parallel.precision import KINDS
+from parallel.precision import KINDS, fp8_modules
 from parallel.spread import Spread
 from parallel.topology import Layout
 from tests.layouts import Case, randomize
@@ -221,6 +223,31 @@ def test_a_step_in_fp8_is_the_same_as_a_graph(tmp_path, kind):
     ]
     print(kind, max(abs(a - b) / b for a, b in zip(*curves, strict=True)))
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+
+
+def casts_of(model):
+    """Which tensors are the weights in FP8 of its experts."""
+    return [id(cast) for _, module in fp8_modules(model) for cast in getattr(module, "weights", [])]
+
+
+def test_pictures_in_fp8_are_near_those_in_bf16_and_depend_on_no_other(tmp_path):
+    quickstart(tmp_path, "run", "optimizer.warmup=1", steps=60)
+    run, latents = Run(tmp_path / "run"), {}
+    words = ["a red circle", "a blue square", "a green star", "a yellow triangle"]
+    for kind in ("none", "block"):
+        recipe = sampling_recipe(run, (f"precision.fp8={kind}", "sample.batch=4", "sample.steps=10"))
+        with joined(recipe, run) as place:
+            sampler, _ = open_sampler(run, recipe, place)
+            latents[kind], others = (
+                sampler.draw(prompts, [0, 1, 2, 3], recipe.sample).latents for prompts in (words, [words[0], *"abc"])
+            )
+            assert torch.equal(others[0], latents[kind][0])
+            casts = casts_of(sampler.model)
+            sampler.draw(words[:1], [0], recipe.sample)
+            assert casts_of(sampler.model) == casts and bool(casts) == (kind == "block")
+    off = ((latents["block"] - latents["none"]).norm() / latents["none"].norm()).item()
+    print("latents in FP8 beside bf16:", off)
+    assert 0 < off < 0.2
 
 
 @pytest.mark.parametrize("kind", ["delayed", "current"])

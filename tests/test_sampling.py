@@ -226,7 +226,36 @@ def test_pictures_of_other_linears_are_others(run):
     with pytest.raises(UserError, match=r"train\.precision: fp64 does not go with train\.linears: trans"):
         sampling_recipe(run, ("train.linears=transformer_engine", "train.precision=fp64"))
     with pytest.raises(UserError, match=r"this key belongs to the run, .*valid here: parallel\.\*"):
-        sampling_recipe(run, ("precision.fp8=block",))
+        sampling_recipe(run, ("train.compile=true",))
+
+
+BF16 = ("train.precision=bf16", "sample.batch=8")
+
+
+def test_pictures_in_fp8_are_others(run):
+    recipe = sampling_recipe(run, (*BF16, "precision.fp8=block", "precision.where=[experts]"))
+    assert precision_of(recipe) == "bf16, FP8 block of experts"
+    assert precision_of(sampling_recipe(run, BF16)) == "bf16"  # whatever the run was trained in
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    {
+        (*BF16, "precision.fp8=current"): "current would scale a picture's numbers by the pictures that are drawn with",
+        (*BF16, "precision.fp8=delayed"): "delayed would scale .* by training steps before it; valid here: block, none",
+        ("precision.fp8=block",): "precision.fp8: block goes with train.precision: bf16, not fp32",
+        (*BF16, "sample.batch=1", "precision.fp8=block"): "sample.batch: 1 pictures give an expert 8 rows",
+        (
+            *BF16,
+            "sample.batch=1",
+            "precision.fp8=block",
+            "parallel.tensor=2",
+        ): "sample.batch: 2 pictures give .* 8 rows",
+    }.items(),
+)
+def test_fp8_that_cannot_be_is_told_before_anything_is_drawn(run, changes, message):
+    with pytest.raises(UserError, match=message):
+        sampling_recipe(run, changes)
 
 
 @pytest.mark.parametrize("key", ["steps=9", "solver=heun", "guidance=1.5", "shift=2.0", "batch=2"])

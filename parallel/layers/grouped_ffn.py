@@ -121,11 +121,10 @@ class _Casts:
             quantizer.set_usage(rowwise=True, columnwise=training)
 
     def of_weights(self, weights: Tensor, training: bool) -> list:
-        """Of weights (e, o, i) or (o, i). In training they are kept for the micro-batches that follow."""
-        weights = weights.view(len(self._weights), *weights.shape[-2:])
-        if not training:
+        """Of weights (e, o, i) or (o, i). Those that are kept are for what follows, too (`Kept`)."""
+        weights, product = weights.view(len(self._weights), *weights.shape[-2:]), self._product
+        if not product.kept.at_all(training):
             return [cast(w) for cast, w in zip(self._weights, weights, strict=True)]
-        product = self._product
         if product.kept.stale():
             product.weights = []  # frees them first
             for cast in self._weights:

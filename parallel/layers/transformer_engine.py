@@ -61,7 +61,7 @@ class Linear(te.Linear):
         self.fuse_wgrad_accumulation = self.sums and sum_of(self.weight) is not None
         if self.in_fp8:
             training = torch.is_grad_enabled() and x.requires_grad
-            return super().forward(x, is_first_microbatch=self.kept.stale() if training else None)
+            return super().forward(x, is_first_microbatch=self.kept.stale() if self.kept.at_all(training) else None)
         with outside_fp8():
             return super().forward(x)
 
