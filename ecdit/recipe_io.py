@@ -4,17 +4,28 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from ecdit.errors import UserError
 from ecdit.recipe import Recipe
 
 
+def _resolvers() -> Iterator[tuple[str, list[tuple[str, re.Pattern]]]]:
+    """YAML's, by the first letter of what they know, but for dates, and numbers with colons."""
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items():
+        known = [(tag, pattern) for tag, pattern in known if not tag.endswith(":timestamp")]
+        yield first, [(tag, re.compile(rf"(?!.*:)(?:{pattern.pattern})", pattern.flags)) for tag, pattern in known]
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-4 is a number, and a key that stands twice is a mistake."""
+    """YAML as people write it: 1e-4 is a number, 2026-11-25 a name, 12:30:00 a time and not 45000, and a key that
+    stands twice is a mistake."""
+
+    yaml_implicit_resolvers: ClassVar = dict(_resolvers())
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
@@ -124,6 +135,8 @@ def _override(values: dict[str, Any], override: str) -> None:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise UserError(f"{override!r}: the value is not valid YAML") from None
+    if value is not None and not isinstance(value, str) and _is_text(key):
+        value = text  # run=007 names a run
     *sections, last = key.split(".")
     here: Any = values
     for section in sections:
@@ -159,6 +172,8 @@ def _explain(detail: dict[str, Any]) -> str:
         return f"{path}: unknown key{_nearest(path)}"
     if detail["type"] == "missing":
         return f"{path}: this key is needed{_description(place)}"
+    if detail["type"] == "string_type" and isinstance(detail["input"], bool | int | float):
+        return f"{path}: {detail['input']} is no text here; put it in quotes{_description(place)}"
     return f"{path}: {detail['input']!r} is not valid: {message[0].lower()}{message[1:]}{_description(place)}"
 
 
@@ -175,11 +190,22 @@ def _nearest(path: str) -> str:
     return f"; valid here: {', '.join(siblings)}" if siblings else ""
 
 
-def _description(place: list[str]) -> str:
+def _field(place: list[str]) -> FieldInfo | None:
     model: Any = Recipe
+    field = None
     for part in place:
         field = getattr(model, "model_fields", {}).get(part)
         if field is None:
-            return ""
-        model, text = field.annotation, field.description
-    return f" ({text.rstrip('.')})"
+            return None
+        model = field.annotation
+    return field
+
+
+def _description(place: list[str]) -> str:
+    field = _field(place)
+    return f" ({field.description.rstrip('.')})" if field else ""
+
+
+def _is_text(key: str) -> bool:
+    field = _field(key.split("."))
+    return field is not None and str in (field.annotation, *get_args(field.annotation))

@@ -106,6 +106,7 @@ MISTAKES = {
     "parallel.pipeline=3": "parallel.pipeline: 3 does not divide model.layers: 4; try one of 1, 2, 4",
     "parallel.dispatch_chunks=3": "parallel.dispatch_chunks: 3 does not divide the experts of a rank: 8",
     "run=a/b": "run: 'a/b' is not valid",
+    "data.streams=[{path: 16}]": "data.streams.0.path: 16 is no text here; put it in quotes",
     "log.held_out={path: x, pictures: 100}": "log.held_out.pictures: 100 is no multiple of",
     "nonsense": "an override has the form key=value",
     "train=3": "train: 3 is not valid",
@@ -164,6 +165,17 @@ def test_overrides_take_yaml_and_reach_into_lists():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # pydantic warns of values that it did not expect
         assert yaml.safe_load(dump_recipe(recipe))["masking"]["ratio"] == [[0, 0.5], [9, 0.0]]
+
+
+def test_names_and_times_are_text_whatever_they_look_like(tmp_path):
+    """YAML would make a date, a number of base 8 and a number of base 60 of them."""
+    file = tmp_path / "dated.yaml"
+    file.write_text(f"extends: {QUICKSTART.resolve()}\nrun: 2026-11-25\ncluster: {{time: 2:30:00}}\n")
+    assert (load_recipe(file).run, load_recipe(file).cluster.time) == ("2026-11-25", "2:30:00")
+    typed = load_recipe(file, ["run=007", "cluster.time=1:30:00", "cluster.account=1234", "init_from=null"])
+    assert (typed.run, typed.cluster.time, typed.cluster.account, typed.init_from) == ("007", "1:30:00", "1234", None)
+    file.write_text(dump_recipe(typed))
+    assert load_recipe(file) == typed
 
 
 @pytest.mark.parametrize(
