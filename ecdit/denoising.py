@@ -15,7 +15,7 @@ from torch import Tensor
 from ecdit.diffusion.patch import unpatchify
 from ecdit.diffusion.solver import euler, guide, heun
 from ecdit.model.dit import EcDit
-from ecdit.recipe import ModelRecipe
+from ecdit.recipe_model import ModelRecipe
 from parallel.device import to_device
 from parallel.graph import Graphed, Lot
 

@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ecdit.errors import UserError
-from ecdit.recipe import ModelRecipe, Recipe
+from ecdit.recipe import Recipe
+from ecdit.recipe_model import ModelRecipe
 from ecdit.run import Run, flat
 from parallel.checkpoint import CheckpointError
 from parallel.checkpoint.boxes import Boxes

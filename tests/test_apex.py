@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ecdit import EcDit
-from ecdit.recipe import ModelRecipe
+from ecdit.recipe_model import ModelRecipe
 from parallel import apex, kernels, topology
 from parallel.engine.megatron import MegatronEngine
 from parallel.spread.ranks import RankSpread

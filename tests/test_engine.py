@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ecdit import EcDit
-from ecdit.recipe import ModelRecipe
+from ecdit.recipe_model import ModelRecipe
 from parallel import topology
 from parallel.engine import UpdateSettings
 from parallel.engine.ema import Ema

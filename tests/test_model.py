@@ -12,7 +12,7 @@ from ecdit.model.experts import ChunkedFfn, batched_ffn
 from ecdit.model.kernels.router import top_tokens
 from ecdit.model.moe import Moe
 from ecdit.model.router import expert_choice, token_choice
-from ecdit.recipe import DecoderRecipe, ModelRecipe
+from ecdit.recipe_model import DecoderRecipe, ModelRecipe
 from ecdit.statistics import RoutingStatistics
 from parallel.spread import Spread
 

@@ -11,7 +11,7 @@ from ecdit import EcDit
 from ecdit.cli import app
 from ecdit.model.count import count_parameters, forward_flops, table_recipe
 from ecdit.model.sizes import SIZES, table_rows
-from ecdit.recipe import ModelRecipe
+from ecdit.recipe_model import ModelRecipe
 from tests.test_model import TINY, inputs
 
 SPARSE = [(name, size, experts) for name, size, experts in table_rows() if experts]

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ecdit import EcDit
 from ecdit.model.experts import ChunkedFfn, Experts, batched_ffn
-from ecdit.recipe import ModelRecipe
+from ecdit.recipe_model import ModelRecipe
 from parallel import topology
 from parallel.engine.megatron import MegatronEngine
 from parallel.layers import Linear

@@ -10,7 +10,8 @@ import torch
 from ecdit.data.encoders import load_checked_autoencoder, load_text_encoder
 from ecdit.errors import UserError
 from ecdit.export.weights import checkpoint_of, follow_umask, write_shards
-from ecdit.recipe import ModelRecipe, Recipe
+from ecdit.recipe import Recipe
+from ecdit.recipe_model import ModelRecipe
 from ecdit.run import Run
 from parallel.checkpoint.folder import Checkpoint
 

@@ -9,7 +9,7 @@ import torch
 
 from ecdit.model.dit import EcDit
 from ecdit.model.sizes import ENCODER_PARAMETERS, SIZES
-from ecdit.recipe import ModelRecipe
+from ecdit.recipe_model import ModelRecipe
 
 
 @dataclass(frozen=True)

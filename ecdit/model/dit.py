@@ -20,7 +20,7 @@ from ecdit.model.kernels.adaln import modulate
 from ecdit.model.layers import Mlp, gelu
 from ecdit.model.moe import MegatronTopk, Moe
 from ecdit.model.router import RoutingPlan
-from ecdit.recipe import ModelRecipe
+from ecdit.recipe_model import ModelRecipe
 from parallel.layers import Linear
 from parallel.parameters import initialize, parameter
 from parallel.spread import Spread

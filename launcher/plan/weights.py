@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 
 from ecdit.model.dit import EcDit
-from ecdit.recipe import ModelRecipe
+from ecdit.recipe_model import ModelRecipe
 from launcher.plan.spread import Place, PlannedSpread
 
 # what Transformer Engine may compute, besides experts
