@@ -7,6 +7,7 @@ written from.
 Shapes: `E` experts, `D` hidden, `F = 4D` expert hidden.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Protocol
@@ -101,9 +102,12 @@ class FileSource:
                     self._files |= dict.fromkeys(opened.keys(), file)
             except (SafetensorError, OSError) as error:
                 raise UserError(f"init_from: {file}: cannot read these weights: {error}") from None
-        if "recipe" not in facts:
-            raise UserError(f"init_from: {file}: does not say which model it is of; `ecdit export` writes that")
-        self.recipe, self.step = yaml.safe_load(facts["recipe"]), int(facts["step"])
+        try:
+            self.recipe, self.step = yaml.safe_load(facts["recipe"]), int(facts["step"])
+            self.recipe["model"]["routing"]
+        except (KeyError, TypeError, ValueError, yaml.YAMLError):
+            why = "does not say which model it is of; `ecdit export` writes that"
+            raise UserError(f"init_from: {file}: {why}") from None
 
     def check(self, part: int, parts: int) -> None:
         """There are no checksums to compare; opening has compared sizes."""
@@ -112,8 +116,10 @@ class FileSource:
         for name, of_rank in boxes.items():
             for offset, values in of_rank.parts:
                 with safe_open(self._file(name), "pt") as opened:
+                    stored = opened.get_slice(name)
+                    _check_shape(self, name, stored.get_shape(), of_rank.size())
                     box = tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))
-                    values.copy_(opened.get_slice(name)[box])
+                    values.copy_(stored[box])
 
     def whole(self, name: str) -> Tensor:
         with safe_open(self._file(name), "pt") as opened:
@@ -123,6 +129,12 @@ class FileSource:
         if name not in self._files:
             raise UserError(f"init_from: {self.place!r} has no tensor {name}")
         return self._files[name]
+
+
+def _check_shape(source: Source, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+    """A box of a smaller tensor would be spread over the whole one."""
+    if list(found) != list(wanted):
+        raise UserError(f"init_from: {source.place!r} has {name} as {list(found)}; the model has {list(wanted)}")
 
 
 def open_source(recipe: Recipe) -> Source:
@@ -225,7 +237,9 @@ def _upcycle(name: str, boxes: Boxes, source: Source, model: ModelRecipe) -> Non
     if part not in copies:
         return
     dense, scale = copies[part]
-    whole = source.whole(f"{block}.ffn.{dense}.weight") * torch.tensor(scale)
+    stored = f"{block}.ffn.{dense}.weight"
+    whole = source.whole(stored) * torch.tensor(scale)
+    _check_shape(source, stored, whole.shape, boxes.size()[1:])
     for (_, *offset), values in boxes.parts:
         box = tuple(slice(o, o + n) for o, n in zip(offset, values.shape[1:], strict=True))
         values.copy_(whole[box].expand_as(values))

@@ -192,6 +192,23 @@ def test_weights_that_cannot_be_used_are_named(place, tmp_path):
             open_source(place.recipe(f"init_from={file}"))
     with pytest.raises(UserError, match=r"lost.safetensors' has no tensor time.up.bias"):
         train(place.recipe("run=lost", f"init_from={tmp_path}/lost.safetensors"), tmp_path, [])
+    for text in ("a: [", "run: x", "[]"):
+        save_file(lost, tmp_path / "vague.safetensors", {"step": "1", "recipe": text})
+        with pytest.raises(UserError, match=r"vague.safetensors: does not say which model it is of"):
+            open_source(place.recipe(f"init_from={tmp_path}/vague.safetensors"))
+
+
+@pytest.mark.parametrize(("source", "routing"), [("dense", "dense"), ("dense", "expert_choice")])
+def test_a_tensor_of_another_shape_is_not_spread_over_the_models(place, tmp_path, source, routing):
+    """As copying a row into a matrix would."""
+    weights = load_file(place.runs / f"{source}.safetensors")
+    name = next(name for name in weights if name.endswith("blocks.1.ffn.down.weight"))
+    facts = {"step": "1", "recipe": checkpoint_of(Run(place.runs / source)).meta["recipe"]}
+    save_file(weights | {name: weights[name][:1].clone()}, tmp_path / "cut.safetensors", facts)
+    with pytest.raises(UserError, match=rf"cut.safetensors' has {name} as \[1, \d+\]; the model has \["):
+        train(
+            place.recipe("run=cut", f"init_from={tmp_path}/cut.safetensors", f"model.routing={routing}"), tmp_path, []
+        )
 
 
 def test_a_damaged_checkpoint_is_not_started_from(place, tmp_path):
