@@ -95,18 +95,11 @@ def draws(recipe: Recipe) -> tuple[Tensor, Tensor]:
 def _load(trainer: "Trainer") -> list[_Part]:
     """The pictures as they are computed. Raises UserError where there are too few, or they do not fit the training."""
     recipe, inputs = trainer.recipe, trainer.inputs
-    held, micro = recipe.log.held_out, recipe.train.micro_batch
     noise, t = draws(recipe)
-    parts, keys = [], set()
+    parts = []
     for number, samples in enumerate(_samples(trainer)):
-        rows = slice(number * micro, (number + 1) * micro)
+        rows = slice(number * recipe.train.micro_batch, (number + 1) * recipe.train.micro_batch)
         parts.append(_Part(*_read(inputs, samples), noise[rows], t[rows]))
-        keys.update(samples.keys)
-    if len(keys) < held.pictures:
-        raise UserError(
-            f"log.held_out.pictures: {held.pictures}, but {held.path} has {len(keys)}; "
-            f"try {max(micro, len(keys) // micro * micro)}"
-        )
     return parts
 
 
@@ -126,6 +119,11 @@ def _samples(trainer: "Trainer"):
         raise UserError(f"log.held_out.path: {error}") from None
     if stream.encoded != trainer.stream.encoded:
         raise UserError(f"log.held_out.path: {held.path}: its latents or embeddings are not those of data.streams")
+    if stream.samples < held.pictures:
+        raise UserError(
+            f"log.held_out.pictures: {held.pictures}, but {held.path} has {stream.samples}; "
+            f"try {max(micro, stream.samples // micro * micro)}"
+        )
     batches = stream.batches(0)
     for _ in range(held.pictures // micro):
         yield next(batches).samples

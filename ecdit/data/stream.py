@@ -78,6 +78,7 @@ class TrainStream:
         self._cached = any(folder.cached for folder in folders)
         self._predownload = predownload
         _check_sizes(groups, exact, batch, nodes, cache)
+        self.samples = sum(len(folder) for folder in folders)  # of all sources, once
         passes = [Passes([size for folder in group for size in folder.sizes], nodes, seed, shuffle) for group in groups]
         self._order = Order(passes, exact, batch, nodes, seed)
         size = batch // data_ranks
