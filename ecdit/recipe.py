@@ -21,7 +21,7 @@ from ecdit.recipe_rules import (
     held_out_fits,
     layout_divides,
 )
-from ecdit.recipe_section import PositiveFloat, PositiveInt, Section, Share
+from ecdit.recipe_section import FOLDER_NAME, PositiveFloat, PositiveInt, Section, Share
 
 
 def _ratio(value):
@@ -141,7 +141,9 @@ class ParallelRecipe(Section):
         description="Tokens go to their experts as FP8, each with a scale of its own, whatever the layout; results and "
         "gradients go in the model's type.",
     )
-    timeout_minutes: PositiveFloat = Field(10.0, description="Time-out of every process group.")
+    timeout_minutes: Annotated[PositiveFloat, Field(le=1e5)] = Field(
+        10.0, description="Time-out of every process group."
+    )
 
 
 class KeepRecipe(Section):
@@ -232,7 +234,9 @@ class ClusterRecipe(Section):
         [". .venv/bin/activate"], description="Shell lines before the job's commands, such as those that load modules."
     )
     container: str | None = Field(None, description="Image that tasks run in (pyxis); null: none.")
-    environment: dict[str, str] = Field({}, description="Further environment variables of the tasks.")
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = Field(
+        {}, description="Further environment variables of the tasks."
+    )
     signal_seconds: PositiveInt = Field(
         300, description="How long before the time limit the job saves a checkpoint and requeues itself."
     )
@@ -258,7 +262,7 @@ class ClusterRecipe(Section):
 class Recipe(Section):
     """A run, whole."""
 
-    run: str = Field(pattern=r"^[\w.-]+$", description="Name of the run; its folder is runs/NAME.")
+    run: str = Field(pattern=FOLDER_NAME, description="Name of the run; its folder is runs/NAME.")
     init_from: str | None = Field(
         None,
         description="Where the first weights come from: a run's folder, or what `ecdit export` wrote; null: the seed.",

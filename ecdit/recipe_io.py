@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any, ClassVar, get_args
 
 import yaml
@@ -45,6 +46,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises UserError for a file, key or value that is wrong, naming it and what would be valid.
     """
+    if isinstance(overrides, str):
+        raise UserError(f"overrides: {overrides!r} is no list; valid: [{overrides!r}]")
     values = _read(Path(path), ())
     for override in overrides:
         _override(values, override)
@@ -156,7 +159,7 @@ def _descend(here: Any, section: str, override: str) -> Any:
 
 
 def _index(items: list, text: str, override: str) -> int:
-    if not text.isdigit() or int(text) >= len(items):
+    if not text.isdecimal() or int(text) >= len(items):
         raise UserError(f"{override!r}: {text} is no place in a list of {len(items)}; valid: 0 to {len(items) - 1}")
     return int(text)
 
@@ -208,4 +211,5 @@ def _description(place: list[str]) -> str:
 
 def _is_text(key: str) -> bool:
     field = _field(key.split("."))
-    return field is not None and str in (field.annotation, *get_args(field.annotation))
+    kind = field.annotation if field else None
+    return kind is str or (isinstance(kind, UnionType) and str in get_args(kind))

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+FOLDER_NAME = r"^\w[\w.-]{0,199}$"  # neither . nor .., nor longer than file systems take
 
 
 class Section(BaseModel):

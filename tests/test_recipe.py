@@ -106,6 +106,12 @@ MISTAKES = {
     "parallel.pipeline=3": "parallel.pipeline: 3 does not divide model.layers: 4; try one of 1, 2, 4",
     "parallel.dispatch_chunks=3": "parallel.dispatch_chunks: 3 does not divide the experts of a rank: 8",
     "run=a/b": "run: 'a/b' is not valid",
+    "run=..": "run: '..' is not valid",
+    "run=.": "run: '.' is not valid",
+    f"run={'a' * 300}": "is not valid: string should match",
+    "parallel.timeout_minutes=1e30": "parallel.timeout_minutes: 1e+30 is not valid: input should be less than",
+    "cluster.environment={A B: x}": "cluster.environment.A B",
+    "data.streams.².path=x": "² is no place in a list of 1",
     "data.streams=[{path: 16}]": "data.streams.0.path: 16 is no text here; put it in quotes",
     "log.held_out={path: x, pictures: 100}": "log.held_out.pictures: 100 is no multiple of",
     "nonsense": "an override has the form key=value",
@@ -172,10 +178,18 @@ def test_names_and_times_are_text_whatever_they_look_like(tmp_path):
     file = tmp_path / "dated.yaml"
     file.write_text(f"extends: {QUICKSTART.resolve()}\nrun: 2026-11-25\ncluster: {{time: 2:30:00}}\n")
     assert (load_recipe(file).run, load_recipe(file).cluster.time) == ("2026-11-25", "2:30:00")
-    typed = load_recipe(file, ["run=007", "cluster.time=1:30:00", "cluster.account=1234", "init_from=null"])
+    typed = load_recipe(
+        file, ["run=007", "cluster.time=1:30:00", "cluster.account=1234", "init_from=null", "cluster.setup=[a b]"]
+    )
     assert (typed.run, typed.cluster.time, typed.cluster.account, typed.init_from) == ("007", "1:30:00", "1234", None)
+    assert typed.cluster.setup == ["a b"]  # no text, though made of it
     file.write_text(dump_recipe(typed))
     assert load_recipe(file) == typed
+
+
+def test_one_override_is_no_list_of_them():
+    with pytest.raises(UserError, match=r"overrides: 'train.steps=3' is no list; valid: \['train.steps=3'\]"):
+        load_recipe(QUICKSTART, "train.steps=3")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 from ecdit.errors import UserError
 from ecdit.recipe import Recipe
 from ecdit.recipe_io import load_recipe
-from ecdit.recipe_section import PositiveInt, Section
+from ecdit.recipe_section import FOLDER_NAME, PositiveInt, Section
 
 PLAN = "study.yaml"
 
@@ -27,7 +27,7 @@ class Ablation(Section):
 class StudyPlan(Section):
     """`study.yaml`. Variants are the names of recipes beside it, without .yaml."""
 
-    name: str = Field(pattern=r"^[\w.-]+$", description="The runs' folder is runs/NAME.")
+    name: str = Field(pattern=FOLDER_NAME, description="The runs' folder is runs/NAME.")
     reference: str = Field(description="The dense model, whose last loss the others are to reach.")
     equal_compute: str = Field(description="A dense model of as many operations as the sparse ones.")
     token_choice: str = Field(description="The token-choice model, of as many experts as the first expert-choice one.")
