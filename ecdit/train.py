@@ -117,6 +117,9 @@ class Trainer:
     def _fit(self) -> int:
         self._resume()
         self.owns_folder = True  # the first rank has the lock, for it took part in that
+        if self.progress.step > self.recipe.train.steps:
+            self._tell(f"It has more than train.steps: {self.recipe.train.steps} already: nothing to do.")
+            return DONE
         if self.topology.first:
             self.run.write_recipe(self.recipe)
         self._stop.tell = self._tell

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,23 @@ def test_the_same_command_again_has_nothing_to_do(shapes, trained):
     again = ecdit(*command(shapes, trained.parent, "log.samples=true"))
     assert again.returncode == 0 and "Resumed from" in again.stderr
     assert losses(trained) == before
+
+
+def test_fewer_steps_than_there_are_change_nothing(shapes, trained):
+    before = (trained / "recipe.yaml").read_text(), losses(trained)
+    again = ecdit(*command(shapes, trained.parent, "train.steps=3"))
+    assert again.returncode == 0 and "more than train.steps: 3 already: nothing to do" in again.stderr
+    assert before == ((trained / "recipe.yaml").read_text(), losses(trained))
+
+
+def test_a_line_of_metrics_that_is_none_does_not_stop_a_resume(shapes, trained, tmp_path):
+    run = tmp_path / trained.name
+    shutil.copytree(trained, run, symlinks=True)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('5\n{"loss": 1}\n')
+    again = ecdit(*command(shapes, tmp_path))
+    assert again.returncode == 0, again.stderr
+    assert losses(run) == losses(trained)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -168,6 +186,22 @@ def test_other_ways_to_train(shapes, tmp_path, way):
     curve = losses(tmp_path / "quickstart")
     assert all(map(math.isfinite, curve)) and sum(curve[-5:]) < sum(curve[:5])
     assert sample(tmp_path / "quickstart", ["a red circle"], steps=2).images.shape == (1, 32, 32, 3)
+
+
+def test_held_out_pairs_may_share_a_picture(shapes, tmp_path):
+    """As those of COCO do, with five captions each."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (32, 32), "red").save(pictures / "one.png")
+    lines = [json.dumps({"image": "one.png", "caption": f"caption {n}"}) for n in range(16)]
+    (pictures / "pairs.jsonl").write_text("\n".join(lines))
+    made = ecdit("prepare", pictures / "pairs.jsonl", tmp_path / "held", "--resolution", "32")
+    assert made.returncode == 0, made.stderr
+    keys = [f"log.held_out.path={tmp_path}/held", "log.held_out.every=4"]
+    trained = ecdit(*command(shapes, tmp_path, *keys, "log.held_out.pictures=16"))
+    assert trained.returncode == 0 and (tmp_path / "quickstart/held-out.jsonl").exists(), trained.stderr
+    refused = ecdit(*command(shapes, tmp_path / "more", *keys, "log.held_out.pictures=32"))
+    assert refused.returncode == 2 and "pictures: 32, but" in refused.stderr and "has 16; try 16" in refused.stderr
 
 
 def test_a_misspelt_key_gets_the_nearest_one(shapes, tmp_path):

@@ -99,15 +99,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(record, dict):  # what is left of a line may be a number
+            records.append(record)
     return records
 
 
 def keep_until(path: Path, step: int) -> None:
     """Takes out lines after `step`, in a file that is whole at every moment."""
-    kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step]
+    kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record.get("step", math.inf) <= step]
     with whole(path) as aside:
         aside.write_text("".join(kept), encoding="utf-8")
 
