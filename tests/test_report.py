@@ -101,13 +101,20 @@ def test_what_cannot_be_compared_is_named(tmp_path):
     draw(torn, "a red circle", 0, {})
     (torn / "samples/none.png").write_text("garbage")
     (torn / "evaluate/step-2").mkdir(parents=True)
-    (torn / "evaluate/step-2/samples.jsonl").write_text('{"prompt": "a')
+    (torn / "evaluate/step-2/samples.jsonl").write_text('5\n{"prompt": "a"}\n{"prompt": "a')
     (data,) = read_runs([torn])
     assert list(data.pictures) == [("a red circle", 0)] and not data.drawn
     broken = make(tmp_path / "c")
     (broken / "evaluate-fid.json").write_text("{")
     with pytest.raises(UserError, match=r"evaluate-fid.json: cannot read these scores"):
         read_runs([broken])
+
+
+def test_a_run_without_a_finite_loss_spoils_no_report(tmp_path):
+    lost, fine = make(tmp_path / "lost", losses=(None, None)), make(tmp_path / "fine")
+    (data, _) = read_runs([lost, fine])
+    assert np.isnan(data.metrics["loss"]).all()
+    write_report([lost, fine], tmp_path / "report.html")
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):

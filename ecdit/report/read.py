@@ -93,9 +93,9 @@ def _read(folder: Path, name: str) -> RunData:
 
 
 def _columns(records: list[dict[str, Any]]) -> list[str]:
-    """Names of what is a number in some line."""
+    """Names of what is a number in some line, and of what every line has: a run may have no finite loss."""
     names = dict.fromkeys(name for record in records for name in record)
-    return [name for name in names if any(isinstance(r.get(name), int | float) for r in records)]
+    return [name for name in names if name in NEEDED or any(isinstance(r.get(name), int | float) for r in records)]
 
 
 def _float(value: Any) -> float:
@@ -145,7 +145,9 @@ def _drawn(folder: Path) -> dict[str, dict[int, Path]]:
     for trace in folder.glob("step-*/samples.jsonl"):
         step = trace.parent.name.removeprefix("step-")
         for known in read_metrics(trace):
+            if not isinstance(known, dict) or not {"file", "prompt"} <= known.keys():
+                continue
             picture = trace.parent / "pictures" / known["file"]
-            if step.isdigit() and picture.exists():
+            if step.isdecimal() and picture.exists():
                 found.setdefault(known["prompt"], {}).setdefault(int(step), picture)
     return found
