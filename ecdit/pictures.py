@@ -77,6 +77,8 @@ def slug(prompt: str) -> str:
 
 
 def _fit(text: str, pen: ImageDraw.ImageDraw, font: ImageFont.ImageFont, width: int) -> str:
+    """On one line, cut where it is too long."""
+    text = " ".join(text.split())
     while len(text) > 1 and pen.textlength(text, font=font) > width:
         text = text[:-2] + "…"
     return text

@@ -166,8 +166,13 @@ def sample(
     """Draws `n` pictures of each prompt from the run folder `run`, prompt by prompt, with seeds seed, seed + 1, ...
 
     `settings` override the recipe's `sample` section: steps, solver, guidance, shift. The prompts of one call share
-    the seeds, so that rows of a grid differ by their prompt alone. Raises UserError for a folder that is no run.
+    the seeds, so that rows of a grid differ by their prompt alone. Raises UserError for a folder that is no run, and
+    where there is nothing to draw.
     """
+    if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise UserError(f"prompts: {prompts!r} is no list of texts; valid: one such as ['a red circle']")
+    if n < 1:
+        raise UserError(f"n: {n} pictures of each prompt; at least 1")
     sampler = Sampler.from_run(Run(Path(run)))
     chosen = sample_settings(sampler.recipe, **settings)
     pairs = [(prompt, seed + i) for prompt in prompts for i in range(n)]

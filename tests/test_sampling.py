@@ -20,6 +20,7 @@ from ecdit.recipe_io import change_recipe
 from ecdit.run import Run
 from ecdit.sample_command import sample
 from ecdit.sampling import Sampler
+from ecdit.sampling import sample as draw_pictures
 from ecdit.sampling_job import joined, open_sampler, precision_of, sampling_recipe
 from ecdit.whole import whole
 from parallel import topology
@@ -303,6 +304,25 @@ def test_names_of_files_tell_prompts_apart():
     names = [slug(prompt) for prompt in prompts]
     assert names[0] == "a-red-circle" and len(set(names)) == len(names)
     assert all(0 < len(name) <= 60 and "/" not in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "n", "message"),
+    [
+        ("red", 1, r"prompts: 'red' is no list of texts; valid: one such as \['a red circle'\]"),
+        ([], 1, r"prompts: \[\] is no list of texts"),
+        ([3], 1, r"prompts: \[3\] is no list of texts"),
+        (["red"], 0, r"n: 0 pictures of each prompt; at least 1"),
+    ],
+)
+def test_bad_input_of_the_function(run, prompts, n, message):
+    with pytest.raises(UserError, match=message):
+        draw_pictures(run.folder, prompts, n=n)
+
+
+def test_a_prompt_of_two_lines_is_one_label(run, tmp_path):
+    sample(run, (), ["a red\ncircle"], None, 1, 0, {}, tmp_path, heatmap=True)
+    assert {"samples.png", "heatmap.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_bad_input_of_the_command(run, tmp_path, capsys):
