@@ -58,7 +58,7 @@ def options(name: str, cluster: ClusterRecipe, log: str) -> list[str]:
         f"--signal=B:USR1@{cluster.signal_seconds}",
         "--requeue",
         "--open-mode=append",
-        f"--output={log}",
+        f"--output={shlex.quote(log)}",
     ]
 
 

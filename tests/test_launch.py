@@ -75,6 +75,11 @@ def test_a_batch_file_has_what_the_recipe_says(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_blank_in_a_folders_name_ends_no_option(tmp_path):
+    done = ecdit("launch", ROOT / "recipes/xl_8e.yaml", "--dry-run", "--runs", "my runs", cwd=tmp_path)
+    assert "#SBATCH --output='my runs/xl_8e/logs/slurm-%j.log'" in done.stdout.splitlines(), done.stderr
+
+
 def test_fewer_nodes_are_a_valid_job_or_refused(tmp_path):
     file = ROOT / "recipes/quickstart.yaml"
     recipe, keys, layout = for_nodes(file, ["run=one"], 1)
