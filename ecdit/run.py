@@ -1,5 +1,6 @@
 """The folder of a run: its resolved recipe, metrics, checkpoints and samples."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -51,6 +52,19 @@ class Run:
         with whole(self.recipe_file) as aside:
             aside.write_text(dump_recipe(recipe), encoding="utf-8")
 
+    def check_started_with(self, recipe: Recipe, otherwise: str, also: Sequence[str] = ()) -> None:
+        """Raises UserError with every key that is another one in the run's recipe, but for those that a run may change
+        on its way. also: beginnings of keys that count nevertheless; otherwise: what to do but to remove the run."""
+        changed = differing(recipe.model_dump(mode="json"), self.recipe().model_dump(mode="json"))
+        lines = [
+            f"  {key}: {theirs!r} in the run, {ours!r} asked for"
+            for key, (ours, theirs) in changed.items()
+            if key.startswith(tuple(also)) or not key.startswith(HARMLESS)
+        ]
+        if lines:
+            told = f"{self.folder}: this run was started with other keys than are asked for; make these agree"
+            raise UserError("\n".join([f"{told}, {otherwise}, or remove {self.folder}:", *lines]))
+
     def newest_checkpoint(self) -> Checkpoint:
         """The newest checkpoint that verifies; tells of broken ones that are newer. Raises UserError where there is
         none."""
@@ -89,10 +103,8 @@ def check_same_model(recipe: Recipe, saved: Checkpoint) -> list[str]:
 
     Raises UserError with every differing key where the model is another one, or the optimizer's states are.
     """
-    ours, theirs = (flat(r) for r in (recipe.model_dump(mode="json"), _with_defaults(saved.meta["recipe"])))
-    differing = {key: (ours.get(key), theirs.get(key)) for key in sorted(ours.keys() | theirs.keys())}
-    differing = {key: pair for key, pair in differing.items() if pair[0] != pair[1]}
-    told = {key: f"{key}: {a!r} in the recipe, {b!r} in the checkpoint" for key, (a, b) in differing.items()}
+    changed = differing(recipe.model_dump(mode="json"), _with_defaults(saved.meta["recipe"]))
+    told = {key: f"{key}: {a!r} in the recipe, {b!r} in the checkpoint" for key, (a, b) in changed.items()}
     fatal = [line for key, line in told.items() if key.startswith("model.") or key == "optimizer.name"]
     if fatal:
         raise UserError(
@@ -109,6 +121,13 @@ def _with_defaults(text: str) -> dict[str, object]:
         return parse_recipe(values, "a checkpoint").model_dump(mode="json")
     except UserError:  # of another version, in which something else was valid
         return values
+
+
+def differing(ours: object, theirs: object) -> dict[str, tuple[object, object]]:
+    """Both values of every dotted key in which two recipes, as plain values, differ."""
+    ours, theirs = flat(ours), flat(theirs)
+    pairs = {key: (ours.get(key), theirs.get(key)) for key in sorted(ours.keys() | theirs.keys())}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def flat(values: object, prefix: str = "") -> dict[str, object]:

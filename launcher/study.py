@@ -16,11 +16,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ecdit.errors import UserError
 from ecdit.evaluate.held import held
 from ecdit.status import BAD_INPUT, read_status
 from ecdit.stop import StopRequest
 from ecdit.study.plan import Study, StudyRun
-from ecdit.study.read import RunResult
+from ecdit.study.read import RunResult, results_of
 from ecdit.terminal import console
 from launcher import slurm
 from launcher.launch import launch
@@ -45,9 +46,13 @@ class Failure:
 
 class Runner:
     """The runs of a study. on_slurm: jobs train and score them, and here they are analysed alone. `failures`: those
-    that could not be done; `stopped`: whether something is left to do because time was up or a signal came."""
+    that could not be done; `stopped`: whether something is left to do because time was up or a signal came.
+
+    Raises UserError where what is there was trained on other terms."""
 
     def __init__(self, study: Study, *, on_slurm: bool = False):
+        for result in results_of(study):
+            result.check()
         self.study, self.on_slurm = study, on_slurm
         self.failures: list[Failure] = []
         self.stopped = False
@@ -109,12 +114,20 @@ class Runner:
                 run = waiting.popleft()
                 if is_locked(self._result(run).place.folder):
                     waiting.append(run)
-                else:
+                elif self._is_alike(run):
                     busy.append(_Process(self, run, places.pop(), ranks))
             for process in [one for one in busy if one.has_ended()]:
                 busy.remove(process)
                 places.append(process.place)
             time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def _is_alike(self, run: StudyRun) -> bool:
+        """Still so: another study may have trained it on other terms. The page names those when all have ended."""
+        try:
+            self._result(run).check()
+        except UserError:
+            return False
+        return True
 
     def failed(self, run: StudyRun, log: Path, code: int) -> None:
         """The others go on."""

@@ -27,6 +27,7 @@ from ecdit.evaluate.shapes import suite
 from ecdit.model.count import forward_flops
 from ecdit.recipe_io import change_recipe
 from ecdit.run import Run
+from ecdit.stop import StopRequest
 from ecdit.study.claims import HOLDS, MISSING, NOT, UNKNOWN, interval, judge
 from ecdit.study.intervals import Estimate, Resamples, estimate, share, wilson
 from ecdit.study.page import write
@@ -389,6 +390,69 @@ def test_too_few_held_out_pictures_are_told_before_the_first_step(shapes, tmp_pa
 
 
 # -------------------------------------------------------------------------------------------------------------- running
+
+
+def typed(study, *overrides, only=()):
+    """The study that another command asks for."""
+    return Study(study.source, overrides, seeds=study.seeds, only=only, runs=study.folder.parent)
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("optimizer.lr=0.1", "optimizer.lr: 0.003 in the run, 0.1 asked for"),
+        ("diffusion.time.mean=0.5", "diffusion.time.mean: -0.6 in the run, 0.5 asked for"),
+        ("log.held_out.pictures=32", "log.held_out.pictures: 16 in the run, 32 asked for"),
+        ("sample.guidance=2.0", "sample.guidance: 5.0 in the run, 2.0 asked for"),
+    ],
+)
+def test_runs_on_other_terms_than_typed_are_refused(done, key, told):
+    for only in ((), ["more_experts"]):  # what is not to be run is compared, too
+        with pytest.raises(UserError, match=r"tiny/dense-seed-0: .*, name another folder with --runs, or rem") as error:
+            Runner(typed(done, key, only=only))
+        assert told in str(error.value) and len(str(error.value).splitlines()) == 2
+    with pytest.raises(UserError, match=r"dense-seed-0: this run was started with other keys"):
+        write(typed(done, key))  # one may end while the others are waited for
+
+
+def test_other_terms_end_the_command_before_anything_starts(done):
+    keys = ["optimizer.lr=0.1", "--only", "more_experts", "--runs", done.folder.parent]
+    refused = ecdit("study", done.source, *keys)
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert "optimizer.lr: 0.003 in the run, 0.1 asked for" in refused.stderr
+    assert not (done.folder / "more_experts-seed-0").exists() and not (done.folder / "index.html").exists()
+
+
+def test_keys_that_a_run_may_change_on_its_way_are_no_other_terms(done):
+    for keys in (["train.steps=200"], ["train.steps=50"], ["checkpoint.every=7", "train.micro_batch=8", "log.every=2"]):
+        made = typed(done, *keys)
+        assert not Runner(made).failures
+        write(made)
+
+
+def test_what_has_no_checkpoint_begins_anew_on_any_terms(tmp_path, shapes):
+    study = Study(make_study(tmp_path / "tiny", shapes), runs=tmp_path / "runs")
+    for run in study.runs:
+        Run(study.folder / run.name).write_recipe(run.recipe)
+    Runner(typed(study, "optimizer.lr=0.1"))
+
+
+def test_a_run_that_another_study_has_trained_on_other_terms_is_not_gone_on_with(tmp_path, shapes, monkeypatch):
+    """It began before that run had anything."""
+    study = Study(make_study(tmp_path / "tiny", shapes), only=["dense"], runs=tmp_path / "runs")
+    other = typed(study, "optimizer.lr=0.1", only=["dense"])
+    runner = Runner(study)
+
+    def unlocked(folder):
+        fake_run(other, "dense", 0, DENSE)
+        return False
+
+    monkeypatch.setattr("launcher.study.is_locked", unlocked)
+    monkeypatch.setattr("launcher.study.subprocess.Popen", None)
+    monkeypatch.setattr("launcher.study.gpus", list)
+    runner.run_here(StopRequest(), seconds=None, ranks=1)
+    with pytest.raises(UserError, match=r"optimizer\.lr: 0\.1 in the run, 0\.003 asked for"):
+        write(study)
 
 
 def command(folder, runs, *words):

@@ -15,7 +15,7 @@ from ecdit.study.intervals import Estimate
 from ecdit.study.machine import machine
 from ecdit.study.plan import Ablation, Study
 from ecdit.study.publish import publish as publish_to
-from ecdit.study.read import Judged, RunResult
+from ecdit.study.read import Judged, results_of
 from ecdit.study.thumbnails import heatmap, right_or_wrong
 
 PICTURES = 2  # of a task, side by side
@@ -60,15 +60,13 @@ def write(study: Study, publish: Path | None = None) -> list[str]:
 
 
 def read(study: Study) -> Results:
-    """All runs that are wanted, and those of other variants and seeds that are there."""
-    steps, plan = study.runs[0].recipe.train.steps, study.plan
-    seeds = sorted({*study.seeds, *range(plan.seeds)})
+    """All runs that are wanted, and those of other variants and seeds that are there. Raises UserError where one was
+    trained on other terms, by another command perhaps that ended meanwhile."""
     found: Results = {}
-    for name in (*plan.main, *plan.others):
-        for seed in seeds:
-            result = RunResult(study.run_of(name, seed), study.folder, steps)
-            if result.run in study.runs or result.is_compared:
-                found.setdefault(name, []).append(result)
+    for result in results_of(study):
+        if result.run in study.runs or result.is_compared:
+            result.check()
+            found.setdefault(result.run.variant, []).append(result)
     return found
 
 

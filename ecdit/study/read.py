@@ -4,6 +4,7 @@ Shapes: `V` evaluations of the held-out loss, `P` held-out pictures.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +17,12 @@ from ecdit.evaluate.held import place_of
 from ecdit.evaluate.suites import scores_file
 from ecdit.run import Run
 from ecdit.status import read_status
-from ecdit.study.plan import StudyRun
+from ecdit.study.plan import Study, StudyRun
 from parallel.checkpoint.folder import committed, step_of
+
+# what a run may change on its way and a comparison may not: the held-out pictures, and how scored ones are drawn
+JUDGED_BY = ("log.held_out.path", "log.held_out.pictures")
+JUDGED_BY += ("sample.steps", "sample.solver", "sample.guidance", "sample.shift")
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,12 @@ class RunResult:
         """Steps of the newest checkpoint."""
         found = committed(self.place.checkpoints)
         return step_of(found[-1]) if found else 0
+
+    def check(self) -> None:
+        """Raises UserError where what is there was trained or judged on other terms than those that are asked for. What
+        has no checkpoint begins anew, on any."""
+        if self.trained or self.is_compared:
+            self.place.check_started_with(self.run.recipe, "name another folder with --runs", JUDGED_BY)
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -109,3 +120,11 @@ class RunResult:
         why = read_status(self.place.folder)
         told = f": {why['why']}" if why.get("state") == "failed" and why.get("why") else ""
         return f"{why.get('state', 'begun')}, {self.trained:,} of {self.step:,} steps{told}"
+
+
+def results_of(study: Study) -> Iterator[RunResult]:
+    """Of all variants and seeds, also of those that are not to be run now."""
+    steps, plan = study.runs[0].recipe.train.steps, study.plan
+    for name in (*plan.main, *plan.others):
+        for seed in sorted({*study.seeds, *range(plan.seeds)}):
+            yield RunResult(study.run_of(name, seed), study.folder, steps)
