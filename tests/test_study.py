@@ -28,10 +28,10 @@ from ecdit.model.count import forward_flops
 from ecdit.recipe_io import change_recipe
 from ecdit.run import Run
 from ecdit.stop import StopRequest
-from ecdit.study.claims import HOLDS, MISSING, NOT, UNKNOWN, interval, judge
+from ecdit.study.claims import HOLDS, MISSING, NOT, UNKNOWN, claims, interval, judge
 from ecdit.study.intervals import Estimate, Resamples, estimate, share, wilson
 from ecdit.study.page import write
-from ecdit.study.plan import Study
+from ecdit.study.plan import Study, StudyPlan
 from ecdit.train import DONE, STOPPED, train
 from launcher.study import Runner, places_of
 from tests.browser import open_browser
@@ -178,6 +178,17 @@ def test_a_claim_holds_only_where_the_whole_interval_does():
     assert judge(None, better=1) == MISSING
     assert interval(Estimate(np.inf, np.inf, np.inf)) == "not reached"
     assert interval(Estimate(np.inf, 1.25, np.inf), "{:.2f}") == "not reached [1.25, not reached]"
+
+
+def test_no_variant_is_claimed_to_differ_from_itself():
+    plan = StudyPlan(name="s", reference="dense", equal_compute="dense", token_choice="tc", expert_choice=["ec"])
+    assert [claim.text for claim in claims({}, plan)] == [
+        "ec has dense's last loss in fewer steps",
+        "ec has a lower loss than dense",
+        "ec has a lower loss than tc",
+        "ec draws more of what is asked for than dense",
+        "ec draws more of what is asked for than tc",
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------- plan

@@ -39,32 +39,43 @@ def judge(found: Estimate | None, *, better: int, neutral: float = 0.0) -> str:
 def claims(results: Results, plan: StudyPlan) -> list[Claim]:
     """In the order of the paper's argument."""
     first, most = plan.expert_choice[0], plan.expert_choice[-1]
-    steps = _against(results, first, plan.reference, lambda found: found.steps_ratio)
-    most_steps = _against(results, most, plan.reference, lambda found: found.steps_ratio)
-    made = [
-        _ratio(f"{first} has {plan.reference}'s last loss in fewer steps", "about half the steps (Figure 8)", steps),
-        _ratio(f"{most} does, too", "more experts help (Figures 5, 7)", most_steps),
-    ]
+    made = []
+    for ours, theirs, paper in _pairs(
+        (first, plan.reference, "about half the steps (Figure 8)"),
+        (most, plan.reference, "more experts help (Figures 5, 7)"),
+    ):
+        text = f"{ours} does, too" if made else f"{ours} has {theirs}'s last loss in fewer steps"
+        made.append(_ratio(text, paper, _against(results, ours, theirs, lambda found: found.steps_ratio)))
     more = [(b, a, "more experts help (Figures 5, 7)") for a, b in pairwise(plan.expert_choice)]
-    for ours, theirs, paper in (
+    for ours, theirs, paper in _pairs(
         (first, plan.equal_compute, "lower, at similar activated parameters"),
         (first, plan.token_choice, "lower than conventional mixtures of experts"),
         *more,
     ):
         found = _against(results, ours, theirs, lambda found: found.loss_difference)
         made.append(_difference(f"{ours} has a lower loss than {theirs}", paper, found, "held-out loss, {}", better=-1))
-    for ours, theirs in (
-        (first, plan.reference),
-        (first, plan.equal_compute),
-        (first, plan.token_choice),
-        (most, first),
+    told = "better alignment (GenEval, Table 4)"
+    for ours, theirs, paper in _pairs(
+        (first, plan.reference, told),
+        (first, plan.equal_compute, told),
+        (first, plan.token_choice, told),
+        (most, first, told),
     ):
         found = _against(results, ours, theirs, lambda found: found.overall_difference)
-        told = "better alignment (GenEval, Table 4)"
         made.append(
-            _difference(f"{ours} draws more of what is asked for than {theirs}", told, found, "score, {}", better=1)
+            _difference(f"{ours} draws more of what is asked for than {theirs}", paper, found, "score, {}", better=1)
         )
     return made
+
+
+def _pairs(*asked: tuple[str, str, str]) -> list[tuple[str, str, str]]:
+    """(ours, theirs, what the paper says): each pair once, none of a variant and itself. A plan may have one variant in
+    several places."""
+    papers: dict[tuple[str, str], str] = {}
+    for ours, theirs, paper in asked:
+        if ours != theirs:
+            papers.setdefault((ours, theirs), paper)
+    return [(*pair, paper) for pair, paper in papers.items()]
 
 
 def _against(results: Results, ours: str, theirs: str, value: Callable[[Findings], Estimate | None]) -> Estimate | None:
