@@ -1,6 +1,7 @@
 """The commands of the launcher. Each imports what it runs, so that the others start quickly."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -134,9 +135,9 @@ def scale(
     """Train a recipe on several numbers of nodes; the same command again gathers what is done. Table, JSON and plot."""
     from launcher.scale import Study, as_table
 
-    if not all(number.isdigit() and int(number) for number in nodes.split(",")):
+    numbers = _numbers(nodes)
+    if numbers is None or 0 in numbers:
         raise UserError(f"--nodes: {nodes!r} is no list of numbers, such as 1,2,4")
-    numbers = [int(number) for number in nodes.split(",")]
     study = Study(recipe, list(overrides or ()), numbers, weak=weak, steps=steps, runs=runs)
     if local:
         study.run_here()
@@ -204,10 +205,15 @@ def _seeds(text: str | None) -> list[int] | None:
     """A number of seeds, or a list of them."""
     if text is None:
         return None
-    parts = text.split(",")
-    if not all(part.isdigit() for part in parts) or parts == ["0"]:
+    numbers = _numbers(text)
+    if numbers in (None, [0]):
         raise UserError(f"--seeds: {text!r} is no number of seeds or list of them, such as 3 or 0,2,5")
-    return list(range(int(text))) if len(parts) == 1 else [int(part) for part in parts]
+    return list(range(numbers[0])) if len(numbers) == 1 else numbers
+
+
+def _numbers(text: str) -> list[int] | None:
+    """What commas part; None where not all are whole numbers, in the digits 0 to 9, and no longer than any of use."""
+    return [int(part) for part in text.split(",")] if re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", text) else None
 
 
 def supervise(

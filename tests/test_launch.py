@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from ecdit.cli import app
 from ecdit.data.prepare import prepare_shapes
 from ecdit.errors import UserError
 from ecdit.recipe_io import load_recipe
@@ -268,3 +270,12 @@ def test_the_watch_leaves_a_run_alone_that_steps(tmp_path):
     time.sleep(1)  # between steps, such as a picture grid
     watch.close()
     assert not hung.is_set() and not list(tmp_path.glob("*.stacks"))
+
+
+# ------------------------------------------------------------------------------------------------------ scaling studies
+
+
+@pytest.mark.parametrize("nodes", ["two", "²", "1,²", "0", "1,,2"])
+def test_numbers_of_nodes_are_numbers(nodes):
+    error = CliRunner().invoke(app, ["scale", "recipes/quickstart.yaml", "--nodes", nodes]).exception
+    assert isinstance(error, UserError) and f"--nodes: {nodes!r}" in str(error)

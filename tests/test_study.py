@@ -238,8 +238,9 @@ def test_a_mistake_in_a_plan_is_named(tmp_path, shapes):
     (folder / "dense_wide.yaml").write_text(yaml.safe_dump({"extends": "base.yaml", "run": "x", "train": {"batch": 4}}))
     with pytest.raises(UserError, match=r"dense_wide.yaml: train.batch: 4, where .*dense.yaml has 8"):
         Study(folder)
-    error = CliRunner().invoke(app, ["study", str(folder), "--seeds", "many"]).exception
-    assert isinstance(error, UserError) and "--seeds: 'many'" in str(error)
+    for seeds in ("many", "²", "0,²", "0", ""):
+        error = CliRunner().invoke(app, ["study", str(folder), "--seeds", seeds]).exception
+        assert isinstance(error, UserError) and f"--seeds: {seeds!r}" in str(error)
 
 
 def test_runs_are_dealt_to_gpus():
