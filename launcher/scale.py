@@ -18,6 +18,7 @@ from rich.table import Table
 from ecdit.callbacks.metrics import read_metrics
 from ecdit.errors import UserError
 from ecdit.recipe_io import load_recipe
+from ecdit.run import Run
 from ecdit.status import read_status
 from launcher import slurm
 from launcher.launch import launch
@@ -25,11 +26,15 @@ from launcher.plan import plan
 from launcher.plan.gpus import load as load_gpu
 from launcher.plan.gpus import of_cluster
 from launcher.plan.search import best_layout
+from parallel.checkpoint.folder import committed
 
 GIB = 2**30
 WARM = 0.2  # share of the steps that come before those that count
 SECONDS_BETWEEN_LOOKS = 2.0
 ENDED = ("finished", "failed", "cancelled")
+# what a run may change on its way, but not while its speed is measured
+MEASURED = ("train.", "parallel.", "engine_options.", "data.workers", "cluster.nodes", "cluster.gpu")
+MEASURED += ("cluster.tasks_per_node", "cluster.cpus_per_task")
 
 
 class Study:
@@ -69,14 +74,18 @@ class Study:
     # --------------------------------------------------------------------------------------------------------- running
 
     def submit(self) -> None:
-        """Submits the jobs of the runs that are neither done nor under way."""
+        """Submits the jobs of the runs that are neither done nor under way. Raises UserError before the first where one
+        that is there is another."""
+        self._check()
         for nodes in self.nodes:
             status = self._status(nodes)
             if status.get("state") != "finished" and not slurm.alive(status.get("job")):
                 launch(self.file, self._given[nodes], None, self.folder)
 
     def run_here(self) -> None:
-        """Runs them one after the other on this machine, a process a task."""
+        """Runs them one after the other on this machine, a process a task. Raises UserError before the first where one
+        that is there is another, and for one that fails."""
+        self._check()
         for nodes in self.nodes:
             if self._status(nodes).get("state") == "finished":
                 continue
@@ -86,6 +95,16 @@ class Study:
             environment = {"OMP_NUM_THREADS": "1"} | os.environ
             if subprocess.run(command, env=environment).returncode:
                 raise UserError(f"{self.folder}/nodes-{nodes}: the run failed; {self._status(nodes).get('why', '')}")
+
+    def _check(self) -> None:
+        """Raises UserError where a run that is done, or that would be gone on with, is not the one that is asked for.
+        One without a checkpoint begins anew."""
+        for nodes in self.nodes:
+            run = Run(self.folder / f"nodes-{nodes}")
+            done = self._status(nodes).get("state") == "finished"
+            if run.recipe_file.exists() and (done or committed(run.checkpoints) or self._under_way(nodes)):
+                asked = load_recipe(self.file, self._given[nodes])
+                run.check_started_with(asked, "give another name with run=", MEASURED)
 
     def wait(self) -> None:
         """Until every run has ended, or has no job that could still end it."""
@@ -104,8 +123,9 @@ class Study:
     def gather(self) -> dict[str, Any]:
         """What is measured and planned, also as scaling.json and scaling.png in the study's folder.
 
-        Raises UserError where no run is done.
+        Raises UserError where no run is done, or one was started with other keys.
         """
+        self._check()  # a job that had not begun before may have been submitted with others
         rows = [row for row in map(self._row, self.nodes) if row is not None]
         if not rows:
             states = {nodes: self._status(nodes).get("state", "not begun") for nodes in self.nodes}

@@ -11,16 +11,20 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from ecdit.callbacks.metrics import JsonLines
 from ecdit.cli import app
 from ecdit.data.prepare import prepare_shapes
 from ecdit.errors import UserError
 from ecdit.recipe_io import load_recipe
+from ecdit.run import Run
 from ecdit.status import read_status, update_status
+from ecdit.train import train
 from launcher import preflight, slurm
 from launcher.launch import batch_file, for_nodes
 from launcher.plan import plan
 from launcher.plan.gpus import load
 from launcher.plan.search import nearest
+from launcher.scale import Study
 from launcher.supervise import judge
 from parallel.job import JobError, adopt_slurm, expand_tasks, under_srun
 from parallel.watchdog import Watchdog
@@ -279,3 +283,65 @@ def test_the_watch_leaves_a_run_alone_that_steps(tmp_path):
 def test_numbers_of_nodes_are_numbers(nodes):
     error = CliRunner().invoke(app, ["scale", "recipes/quickstart.yaml", "--nodes", nodes]).exception
     assert isinstance(error, UserError) and f"--nodes: {nodes!r}" in str(error)
+
+
+@pytest.fixture(scope="module")
+def scaled(shapes, tmp_path_factory):
+    """A study of one node, six steps of which are trained: its recipe's keys, and the folder of its runs."""
+    keys, runs = [*TINY, shapes, "run=sc", "cluster.tasks_per_node=1"], tmp_path_factory.mktemp("scale")
+    study = scaling(keys, runs)
+    assert train(load_recipe(study.file, study._given[1]), study.folder, [JsonLines()]) == 0
+    return keys, runs
+
+
+def scaling(keys, runs, steps=6, nodes=(1,)):
+    return Study(ROOT / "recipes/quickstart.yaml", keys, list(nodes), weak=False, steps=steps, runs=runs)
+
+
+def never(*_args, **_keys):
+    raise AssertionError("a run was started")
+
+
+@pytest.mark.parametrize(
+    ("key", "steps", "told"),
+    [
+        ("optimizer.lr=1e-5", 7, "optimizer.lr: 0.003 in the run, 1e-05 asked for"),
+        ("train.batch=16", 6, "train.batch: 8 in the run, 16 asked for"),
+        ("train.micro_batch=8", 6, "train.micro_batch: 4 in the run, 8 asked for"),
+        ("cluster.gpu=a100", 6, "cluster.gpu: 'h100' in the run, 'a100' asked for"),
+        ("sample.steps=5", 50, "train.steps: 6 in the run, 50 asked for"),
+    ],
+)
+def test_a_scaling_study_of_other_keys_is_refused_before_a_run_starts(scaled, key, steps, told, monkeypatch):
+    keys, runs = scaled
+    monkeypatch.setattr("launcher.scale.subprocess.run", never)
+    monkeypatch.setattr("launcher.scale.launch", never)
+    study = scaling([*keys, key], runs, steps, nodes=(2, 1))  # that of two nodes has not begun
+    for ask in (study.run_here, study.submit, study.gather):
+        with pytest.raises(UserError, match=r"sc-strong/nodes-1: .* name with run=, or remove .*nodes-1:") as error:
+            ask()
+        assert told in str(error.value)
+
+
+def test_a_scaling_study_of_the_same_keys_is_gathered(scaled, monkeypatch):
+    keys, runs = scaled
+    monkeypatch.setattr("launcher.scale.subprocess.run", never)
+    for more in ([], ["cluster.time=1:00:00", "cluster.partition=long", "log.samples=true"]):
+        study = scaling([*keys, *more], runs)
+        study.run_here()
+        found = study.gather()
+        assert found["steps"] == 6 and [row["batch"] for row in found["rows"]] == [8]
+
+
+def test_a_run_of_a_scaling_study_that_has_nothing_begins_anew_with_any_keys(scaled, tmp_path, monkeypatch):
+    keys, _ = scaled
+    study, started = scaling([*keys, "optimizer.lr=1e-5"], tmp_path), []
+    Run(study.folder / "nodes-1").write_recipe(load_recipe(study.file, keys))
+    update_status(study.folder / "nodes-1", state="failed")
+    monkeypatch.setattr("launcher.scale.launch", lambda *given: started.append(given))
+    study.submit()
+    assert len(started) == 1
+    update_status(study.folder / "nodes-1", state="running", job="7")
+    monkeypatch.setattr("launcher.slurm.alive", lambda job: job == "7")
+    with pytest.raises(UserError, match=r"optimizer\.lr: 0\.003 in the run, 1e-05 asked for"):  # its job trains it
+        study.submit()
