@@ -89,7 +89,11 @@ class Run:
 # what a run may change on its way; all else decides the model, or which samples and noise it meets
 HARMLESS = ("run", "checkpoint.", "log.", "sample.", "evaluation.", "parallel.", "data.workers", "cluster.")
 HARMLESS += (
+    "data.cache.",
+    "data.shard_encoders",
     "engine_options.",
+    "train.compile",
+    "train.graph",
     "train.steps",
     "train.micro_batch",
     "train.linears",

@@ -33,7 +33,7 @@ WARM = 0.2  # share of the steps that come before those that count
 SECONDS_BETWEEN_LOOKS = 2.0
 ENDED = ("finished", "failed", "cancelled")
 # what a run may change on its way, but not while its speed is measured
-MEASURED = ("train.", "parallel.", "engine_options.", "data.workers", "cluster.nodes", "cluster.gpu")
+MEASURED = ("train.", "parallel.", "engine_options.", "data.", "cluster.nodes", "cluster.gpu")
 MEASURED += ("cluster.tasks_per_node", "cluster.cpus_per_task")
 
 

@@ -436,7 +436,13 @@ def test_other_terms_end_the_command_before_anything_starts(done):
 
 
 def test_keys_that_a_run_may_change_on_its_way_are_no_other_terms(done):
-    for keys in (["train.steps=200"], ["train.steps=50"], ["checkpoint.every=7", "train.micro_batch=8", "log.every=2"]):
+    for keys in (
+        ["train.steps=200"],
+        ["train.steps=50"],
+        ["checkpoint.every=7", "train.micro_batch=8", "log.every=2"],
+        ["data.cache.folder=/tmp/cache", "data.shard_encoders=true", "train.compile=true", "cluster.time=1:00:00"],
+        ["train.graph=true"],
+    ):
         made = typed(done, *keys)
         assert not Runner(made).failures
         write(made)
