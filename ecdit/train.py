@@ -120,7 +120,7 @@ class Trainer:
         if self.progress.step > self.recipe.train.steps:
             self._tell(f"It has more than train.steps: {self.recipe.train.steps} already: nothing to do.")
             return DONE
-        if self.topology.first:
+        if self.topology.first and self.progress.step < self.recipe.train.steps:  # else nothing is trained by it
             self.run.write_recipe(self.recipe)
         self._stop.tell = self._tell
         hang = self.recipe.cluster.hang

@@ -89,6 +89,8 @@ def test_fewer_steps_than_there_are_change_nothing(shapes, trained):
     before = (trained / "recipe.yaml").read_text(), losses(trained)
     again = ecdit(*command(shapes, trained.parent, "train.steps=3"))
     assert again.returncode == 0 and "more than train.steps: 3 already: nothing to do" in again.stderr
+    other = ecdit(*command(shapes, trained.parent, "optimizer.lr=0.1"))  # as many, and a rate that trained none
+    assert other.returncode == 0, other.stderr
     assert before == ((trained / "recipe.yaml").read_text(), losses(trained))
 
 
