@@ -1,11 +1,14 @@
 """Ranks that share work which needs no model: who they are, and a point where they wait for each other."""
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+Result = TypeVar("Result")
 LONGEST_WAIT = timedelta(days=7)  # a rank may have a part left that takes hours
 
 
@@ -33,6 +36,21 @@ class Crew:
         """Returns when all ranks have called it."""
         if self.ranks > 1:
             dist.barrier()
+
+    def once(self, work: Callable[[], Result]) -> Result:
+        """Has the first rank do it while the others wait. What it returns or raises there, it does in every rank."""
+        if self.ranks == 1:
+            return work()
+        told: list = [None, None]
+        if self.first:
+            try:
+                told[0] = work()
+            except Exception as error:
+                told[1] = error
+        dist.broadcast_object_list(told)
+        if told[1] is not None:
+            raise told[1]
+        return told[0]
 
     def close(self) -> None:
         """Leaves the job."""

@@ -1,5 +1,6 @@
 """Checkpoints: committed whole or not at all, verified before they are trusted, read onto any layout."""
 
+import fcntl
 import json
 import os
 import pickle
@@ -225,3 +226,25 @@ def test_a_second_run_is_kept_out_until_the_first_ends(tmp_path):
         FolderLock(tmp_path / "lock")
     first.release()
     FolderLock(tmp_path / "lock").release()
+
+
+def test_a_lock_may_be_of_another_folder_and_removed(tmp_path, monkeypatch):
+    file = tmp_path / "out.lock"
+    first = FolderLock(file)
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}/out: process {os.getpid()} on .* works here"):
+        FolderLock(file, "works here", of=tmp_path / "out")
+    first.remove()
+    assert not file.exists()
+    # one that was opened before its owner removed it is not what the next one locks
+    opened, lock = FolderLock(file), fcntl.flock
+
+    def removed_meanwhile(descriptor, how):
+        monkeypatch.setattr(fcntl, "flock", lock)
+        opened.remove()
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
+    third = FolderLock(file)
+    with pytest.raises(CheckpointError):
+        FolderLock(file)
+    third.remove()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,15 @@ import pytest
 from PIL import Image
 
 from ecdit import UserError
-from ecdit.data.prepare import Settings, prepare
+from ecdit.cli import app
+from ecdit.data.prepare import Settings, prepare, prepare_shapes
 from ecdit.data.shards import ShardFolder
 from ecdit.data.sources import Columns, find_parts, tar
 from ecdit.data.sources.files import expand
+from parallel.checkpoint.lock import FolderLock
 from tests.pairs import KINDS, as_folder, as_listed, as_mds, as_parquet, as_tar, make_pairs, served
 from tests.photographs import photographs
+from tests.ranks import run_on_ranks
 
 COUNT, RESOLUTION = 30, 32
 
@@ -370,6 +374,63 @@ def kill_until_done(source: Path, out: Path, kills: int, longest: float, *more: 
             process.wait()
             killed += 1
     return killed
+
+
+def started(*words: object) -> subprocess.Popen:
+    return subprocess.Popen([*COMMAND, *map(str, words)], start_new_session=True, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(found: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("source", ["shapes", "folder"])
+def test_a_second_command_is_kept_out_until_the_first_has_ended(source, pairs, tmp_path):
+    out, begun = tmp_path / "out", tmp_path / "out.partial"
+    words = ["shapes", out, "--count", 100_000, "--workers", 1]
+    if source == "folder":
+        words = [as_folder(make_pairs(400), tmp_path / "in"), out, *OPTIONS, "--part", 200, "--workers", 1]
+    first = started(*words)
+    try:
+        wait_for(begun.exists)
+        os.kill(first.pid, signal.SIGSTOP)  # or it may be done before the second has started
+        second = subprocess.run([*COMMAND, *map(str, words)], capture_output=True, text=True, timeout=60)
+        assert second.returncode == 2 and "Traceback" not in second.stderr
+        told = second.stderr.replace("\n", " ")
+        assert f"process {first.pid} on" in told and "is preparing it; wait, or choose another folder" in told
+        os.kill(first.pid, signal.SIGCONT if source == "folder" else signal.SIGKILL)
+        first.communicate(timeout=120)
+        assert first.returncode == (0 if source == "folder" else -signal.SIGKILL)
+    finally:
+        first.kill()
+        first.wait()
+    # the killed one's lock does not keep others out, and none is left behind
+    (prepare_shapes(out, count=50, seed=0) if source == "shapes" else run(words[0], out, part=200))
+    ShardFolder(str(out)).check()
+    assert len(ShardFolder(str(out))) == (50 if source == "shapes" else 400)
+    assert sorted(file.name for file in tmp_path.iterdir() if file.name != "in") == ["out"]
+
+
+def test_all_ranks_are_told_what_the_first_found(pairs, tmp_path):
+    source, out = as_folder(pairs, tmp_path / "in"), tmp_path / "out"
+    lock = FolderLock(tmp_path / "out.lock")
+    for words in (["shapes", out, "--count", "50"], [source, out, *OPTIONS]):
+        assert run_on_ranks(refused, 2, [*map(str, words), "--workers", "1"]) == [f"{out}: process {os.getpid()}"] * 2
+    lock.remove()
+    assert run_on_ranks(refused, 2, ["shapes", str(out), "--count", "50", "--workers", "1"]) == ["", ""]
+    assert len(ShardFolder(str(out))) == 50
+
+
+def refused(words: list[str]) -> str:
+    """In a rank: why the command does not start; nothing where it does what it should."""
+    try:
+        app(["prepare", *words], standalone_mode=False)
+    except UserError as error:
+        return str(error).partition(" on ")[0]
+    return ""
 
 
 def test_killed_and_resumed_gives_the_same_shards(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -69,10 +70,13 @@ def prepare(
     from ecdit.data.sources import Columns
     from parallel.crew import Crew
 
+    join_job()
     if source == "shapes":
         if resolution not in (None, 32):
             raise UserError(f"--resolution: {resolution}: shapes are drawn with 32 pixels a side")
-        prepare_shapes(out, count=count or SHAPES_COUNT, seed=seed, workers=workers or os.cpu_count() or 1)
+        with closing(Crew()) as crew:
+            cores = workers or os.cpu_count() or 1
+            prepare_shapes(out, count=count or SHAPES_COUNT, seed=seed, workers=cores, crew=crew)
         return
     if count is not None:
         raise UserError(f"--count: {count}: only shapes are made in a number of your choice")
@@ -109,12 +113,8 @@ def prepare(
     )
     if not (settings.pictures or settings.latents):
         raise UserError("--no-pictures: without --autoencoder nothing would be left of the pictures")
-    join_job()
-    crew = Crew()
-    try:
+    with closing(Crew()) as crew:
         run_prepare(settings, out, workers=workers or max(1, (os.cpu_count() or 1) // crew.local_ranks), crew=crew)
-    finally:
-        crew.close()
 
 
 def _is_zstd(compression: str) -> bool:

@@ -24,6 +24,8 @@ from ecdit.data.shapes import stored
 from ecdit.data.shards import INDEX, write_shards
 from ecdit.data.sources import Part, find_parts
 from ecdit.errors import UserError
+from parallel.checkpoint import CheckpointError
+from parallel.checkpoint.lock import FolderLock
 from parallel.crew import Crew
 
 SETTINGS, PLAN = "prepare.json", "plan.json"
@@ -31,16 +33,25 @@ SHAPES_AT_ONCE = 1024  # that a process makes before it hands them over
 NAMED = 5  # of the pairs that were left out, in the message that nothing is left
 
 
-def prepare_shapes(out: Path, *, count: int, seed: int, workers: int = 1) -> None:
-    """Writes the embedded data set. Asked again for what is there already, it does nothing."""
+def prepare_shapes(out: Path, *, count: int, seed: int, workers: int = 1, crew: Crew | None = None) -> None:
+    """Writes the embedded data set. Asked again for what is there already, it does nothing.
+
+    All ranks of `crew` call it; the first does it. Raises UserError for an `out` that holds something else, and while
+    another process prepares it.
+    """
+    crew = crew or Crew()
     settings = {"source": "shapes", "count": count, "seed": seed}
-    if _already_there(out, settings):
+    if crew.once(lambda: _already_there(out, settings)):
         return
+    with _alone(out, crew):
+        crew.once(lambda: _already_there(out, settings) or _write_shapes(out, settings, workers))
+
+
+def _write_shapes(out: Path, settings: dict[str, Any], workers: int) -> None:
     begun = _partial(out)
     shutil.rmtree(begun, ignore_errors=True)
-    begun.parent.mkdir(parents=True, exist_ok=True)
     columns = {"image": "bytes", "caption": "str", "key": "str", "scene": "json"}
-    written = write_shards(_shapes(count, seed, workers), begun, columns)
+    written = write_shards(_shapes(settings["count"], settings["seed"], workers), begun, columns)
     (begun / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     begun.rename(out)
     _say(f"{written} samples in {out}.")
@@ -64,26 +75,54 @@ def prepare(settings: Settings, out: Path, *, workers: int, crew: Crew | None = 
     """Writes the shards of a source to the folder `out`, which is whole or absent; parts lie in OUT.partial till then.
 
     All ranks of `crew` call it. Asked again for what is there already, it does nothing. Raises UserError for a source
-    that is absent, of an unknown kind or without a usable pair, and for an `out` that holds something else.
+    that is absent, of an unknown kind or without a usable pair, for an `out` that holds something else, and while
+    another command prepares it.
     """
-    crew = crew or Crew()
-    if _already_there(out, settings.as_dict()):
+    crew, asked = crew or Crew(), settings.as_dict()
+    if crew.once(lambda: _already_there(out, asked)):
         return
     parts = find_parts(settings.source, settings.columns, settings.part)
+    with _alone(out, crew):
+        # another command may have done it while this one looked at the source
+        if not crew.once(lambda: _already_there(out, asked)):
+            _prepare(parts, settings, out, workers, crew)
+
+
+def _prepare(parts: list[Part], settings: Settings, out: Path, workers: int, crew: Crew) -> None:
     partial = _partial(out)
     work = Work(parts, partial, settings, workers, crew)  # loads the encoders: nothing is begun if they are not there
-    if crew.first:
-        _begin(partial, settings, parts)
-    crew.meet()
+    crew.once(lambda: _begin(partial, settings, parts))
     work.run()
     crew.meet()
-    if crew.first:
-        counts = _merge(partial, len(parts))
-        if not counts.pairs:
-            _refuse(settings.source, partial, counts)
-        _finish(partial, out, settings, counts, work.describe_encoders())
-        _tell(counts, out)
-    crew.meet()
+    crew.once(lambda: _end(partial, out, settings, len(parts), work.describe_encoders()))
+
+
+def _end(partial: Path, out: Path, settings: Settings, parts: int, encoded: str | None) -> None:
+    counts = _merge(partial, parts)
+    if not counts.pairs:
+        _refuse(settings.source, partial, counts)
+    _finish(partial, out, settings, counts, encoded)
+    _tell(counts, out)
+
+
+@contextmanager
+def _alone(out: Path, crew: Crew) -> Iterator[None]:
+    """Keeps other commands out of OUT.partial: each removes what it takes for the leavings of one that was killed."""
+    held: list[FolderLock] = []
+    crew.once(lambda: held.append(_lock(out)))
+    try:
+        yield
+    finally:
+        for lock in held:
+            lock.remove()
+
+
+def _lock(out: Path) -> FolderLock:
+    # beside the folder, which is renamed at the end
+    try:
+        return FolderLock(out.with_name(out.name + ".lock"), "is preparing it; wait, or choose another folder", of=out)
+    except CheckpointError as error:
+        raise UserError(str(error)) from None
 
 
 def _partial(out: Path) -> Path:
@@ -93,11 +132,9 @@ def _partial(out: Path) -> Path:
 def _already_there(out: Path, settings: dict[str, Any]) -> bool:
     if not out.exists():
         return False
-    found = None
-    if (out / INDEX).exists() and (out / SETTINGS).exists():
-        found = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
-    if found is None:
+    if not ((out / INDEX).exists() and (out / SETTINGS).exists()):
         raise UserError(f"{out}: holds something else than shards; choose another folder, or remove this one")
+    found = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
     asked = json.loads(json.dumps(settings))
     differs = [key for key in asked if found.get(key) != asked[key]]
     if differs:
