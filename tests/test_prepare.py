@@ -339,6 +339,38 @@ def test_what_is_there_is_left_and_nothing_else_is_mixed_in(pairs, tmp_path, cap
         run(source, tmp_path / "else")
 
 
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_what_is_there_is_not_taken_for_whole_where_a_shard_is_missing(compression, pairs, tmp_path):
+    source, out = as_tar(pairs, tmp_path / "set.tar"), tmp_path / "out"
+    run(source, out, compression=compression)
+    shard = next(out.rglob("*.mds*"))
+    shard.rename(tmp_path / "away")
+    with pytest.raises(UserError, match=rf"{shard}: this shard is missing; .*remove {out} and prepare it anew"):
+        run(source, out, compression=compression)
+    (tmp_path / "away").rename(shard)
+    run(source, out, compression=compression)
+
+
+@pytest.mark.parametrize("name", ["prepare.json", "index.json"])
+@pytest.mark.parametrize("text", [b"", b'{"source": "sha', b"\xff", b"[]", b"{}"])
+def test_files_that_were_cut_off_are_named(name, text, tmp_path):
+    prepare_shapes(tmp_path / "out", count=3, seed=0)
+    (tmp_path / "out" / name).write_bytes(text)
+    with pytest.raises(UserError, match=rf"{tmp_path}/out.*choose another folder, or remove this one") as error:
+        prepare_shapes(tmp_path / "out", count=3, seed=0)
+    assert name in str(error.value) or "shards with source None" in str(error.value)
+
+
+def test_a_plan_that_was_cut_off_is_named(pairs, tmp_path):
+    source = as_tar(pairs, tmp_path / "set.tar")
+    run(source, tmp_path / "out")
+    begun = tmp_path / "new.partial"
+    (tmp_path / "out").rename(begun)
+    (begun / "plan.json").write_text('{"settings":')
+    with pytest.raises(UserError, match=rf"{begun}/plan.json: cannot be read .*remove {begun}, or choose another"):
+        run(source, tmp_path / "new")
+
+
 # ---- processes, ranks, and the plug pulled
 
 COMMAND = [sys.executable, "-m", "ecdit.cli", "prepare"]

@@ -134,15 +134,43 @@ def _already_there(out: Path, settings: dict[str, Any]) -> bool:
         return False
     if not ((out / INDEX).exists() and (out / SETTINGS).exists()):
         raise UserError(f"{out}: holds something else than shards; choose another folder, or remove this one")
-    found = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+    remedy = "choose another folder, or remove this one"
+    found = _read(out / SETTINGS, remedy)
     asked = json.loads(json.dumps(settings))
     differs = [key for key in asked if found.get(key) != asked[key]]
     if differs:
         differs = ["source"] if "source" in differs else differs
         told = ", ".join(f"{key} {found.get(key)!r} instead of {asked[key]!r}" for key in differs)
-        raise UserError(f"{out}: holds shards with {told}: choose another folder, or remove this one")
+        raise UserError(f"{out}: holds shards with {told}: {remedy}")
+    _check_shards(out, remedy)
     _say(f"{out} is there already.")
     return True
+
+
+def _check_shards(out: Path, remedy: str) -> None:
+    """Raises UserError where one that the index names is not there."""
+    try:
+        shards = [entry["zip_data"] or entry["raw_data"] for entry in _read(out / INDEX, remedy)["shards"]]
+        files = [out / shard["basename"] for shard in shards]
+    except (KeyError, TypeError):
+        raise UserError(f"{out / INDEX}: is no index of MDS shards; {remedy}") from None
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        more = f", and {len(missing) - 1} more of {len(files)}" if missing[1:] else ""
+        raise UserError(
+            f"{missing[0]}: this shard is missing{more}; copy it again, or remove {out} and prepare it anew"
+        )
+
+
+def _read(file: Path, remedy: str) -> dict[str, Any]:
+    """A JSON object. Raises UserError where it is none: the disk was full, or the machine lost its power."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: cannot be read as JSON ({error}); {remedy}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: holds no JSON object; {remedy}")
+    return found
 
 
 def _begin(work: Path, settings: Settings, parts: list[Part]) -> None:
@@ -156,10 +184,13 @@ def _begin(work: Path, settings: Settings, parts: list[Part]) -> None:
         with _written(file) as new:
             new.write_text(json.dumps(plan, indent=1), encoding="utf-8")
         return
-    found = json.loads(file.read_text(encoding="utf-8"))
+    remedy = f"remove {work}, or choose another folder"
+    found = _read(file, remedy)
     if found != plan:
-        what = "from another state of the source" if found["settings"] == plan["settings"] else "with other settings"
-        raise UserError(f"{work}: holds a preparation that was begun {what}; remove it, or choose another folder")
+        what = (
+            "from another state of the source" if found.get("settings") == plan["settings"] else "with other settings"
+        )
+        raise UserError(f"{work}: holds a preparation that was begun {what}; {remedy}")
     _say(f"Going on in {work}: {done} of {len(parts)} parts are done.")
 
 
