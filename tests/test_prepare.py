@@ -298,6 +298,38 @@ def test_lines_that_are_no_json_and_pictures_that_are_not_there_are_named(pairs,
     ]
 
 
+NO_NAMES = ("a\0b.jpg", "\ud800.jpg")
+
+
+def test_pictures_whose_names_no_file_can_have_are_named(tmp_path):
+    source = as_listed({"good": (picture(), "c")}, tmp_path / "in") / "captions.jsonl"
+    lines = [json.dumps({"file_name": name, "caption": "x"}) for name in NO_NAMES]
+    source.write_text("\n".join([*lines, "[" * 100_000, source.read_text()]))
+    assert len(run(source, tmp_path / "out")) == 1
+    reasons = {key: note["left_out"] for key, note in report(tmp_path / "out").items()}
+    assert reasons == dict.fromkeys(NO_NAMES, "cannot be read") | {f"{source}:3": "broken line"}
+
+
+def test_rows_whose_paths_no_file_can_have_are_named(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "good.jpg").write_bytes(picture())
+    paths = ["a\0b.jpg", str(tmp_path / "a\0b.jpg"), "good.jpg"]
+    pyarrow.parquet.write_table(pyarrow.table({"image": paths, "caption": ["x"] * 3}), tmp_path / "set.parquet")
+    assert len(run(tmp_path / "set.parquet", tmp_path / "out")) == 1
+    assert [note["left_out"] for note in report(tmp_path / "out").values()] == ["cannot be read"] * 2
+
+
+def test_names_that_are_not_utf8_are_written_with_escapes(tmp_path):
+    (tmp_path / "in").mkdir()
+    for ending, data in ((b".jpg", picture()), (b".txt", b"c")):
+        Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/caf\xe9" + ending)).write_bytes(data)
+    folder = run(tmp_path / "in", tmp_path / "out")
+    assert [sample["key"] for sample in samples_of(folder)] == ["caf\\udce9"]
+    assert run(tmp_path / "in", tmp_path / "random", crop="random").sample(0)["captions"] == ["c"]
+
+
 def test_a_damaged_shard_of_a_source_is_named(pairs, tmp_path):
     source = as_mds(pairs, tmp_path / "in")
     shard = sorted(source.glob("*.zstd"))[1]

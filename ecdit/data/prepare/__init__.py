@@ -8,6 +8,7 @@ shards are the same however many processes there are and however often they were
 import hashlib
 import json
 import multiprocessing
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -176,7 +177,7 @@ def _read(file: Path, remedy: str) -> dict[str, Any]:
 def _begin(work: Path, settings: Settings, parts: list[Part]) -> None:
     """Settles what is prepared in the folder. Raises UserError where it was begun for something else."""
     names = "\n".join(f"{part.name} {part.size}" for part in parts)
-    digest = hashlib.blake2b(names.encode(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(os.fsencode(names), digest_size=16).hexdigest()
     plan = json.loads(json.dumps({"settings": settings.as_dict(), "parts": len(parts), "names": digest}))
     file, done = work / PLAN, sum(not folder.suffix for folder in work.glob("part-*"))
     if not (file.exists() and done):

@@ -91,12 +91,13 @@ def look(pairs: Iterable[Pair | Fault], settings: Settings) -> list[Ready | Faul
 
 
 def _look(pair: Pair, settings: Settings) -> Ready | Fault:
+    key = pair.key.encode("utf-8", "backslashreplace").decode()  # a file's name may be of any bytes
     try:
         captions = texts(pair.captions, lines=settings.columns.lines, clean=settings.clean)
-        cropped = crop(pair.picture, pair.key, settings)
+        cropped = crop(pair.picture, key, settings)
     except Unusable as error:
-        return Fault(pair.key, error.reason, error.detail)
-    return Ready(pair.key, captions, cropped.file, cropped.pixels if settings.latents else None, cropped.changes)
+        return Fault(key, error.reason, error.detail)
+    return Ready(key, captions, cropped.file, cropped.pixels if settings.latents else None, cropped.changes)
 
 
 def write_part(

@@ -60,11 +60,13 @@ class Files:
         return data if len(data) <= stop - start else data[start:stop]  # from a server that knows no ranges
 
     def read(self, name: str) -> bytes | None:
-        """All bytes of a file, None where there is none."""
+        """All bytes of a file, None where there is none. Raises OSError where it cannot be read."""
         try:
             return self._fs.cat_file(name)
         except FileNotFoundError:
             return None
+        except ValueError as error:  # a name that no file can have: with a NUL, or half of a surrogate pair
+            raise OSError(f"{error}: {name!r}") from None
 
     @property
     def local(self) -> bool:

@@ -76,7 +76,7 @@ class ListedPart:
         try:
             fields = json.loads(line)
             name = next(fields[k] for k in (self.columns.image, *PICTURE_FIELDS) if isinstance(fields.get(k), str))
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):  # the last where brackets nest without end
             return Fault(where, "broken line", f"no JSON object in UTF-8: {line[:80]!r}")
         except StopIteration:
             return Fault(where, "no picture", f"none of the fields {self.columns.image}, {', '.join(PICTURE_FIELDS)}")

@@ -75,7 +75,7 @@ class _Sample:
 def _captions_in(data: bytes) -> list[str | bytes]:
     try:
         fields = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     return listed(fields.get("captions", fields.get("caption"))) if isinstance(fields, dict) else []
 
