@@ -228,6 +228,12 @@ def test_a_layout_is_chosen_for_the_nodes_that_are_there():
         best_layout(recipe, 3, 1, None)
 
 
+DIVISORS = (
+    "memory", "bf16", "fp32", "hbm", "nvlink", "network", "gpus_per_node", "product_share", "fp8_share", "hbm_share",
+    "link_share", "pcie", "host", "disk",
+)  # fmt: skip
+
+
 def test_a_gpu_of_ones_own(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("like: h100\nmemory: 40.0e+9\n")
@@ -236,11 +242,27 @@ def test_a_gpu_of_ones_own(tmp_path):
         ("like: h1000", "like: 'h1000' is not known"),
         ("like: h100\nmemroy: 1", "memroy: unknown key"),
         ("memory: 1", "missing bf16"),
+        ("like: [h100]", r"like: \['h100'\] is not known; valid: a100"),
+        ("like: h100\nname: 2026-13-13", "cannot read this GPU: month"),
+        ("like: h100\nname: [a]", "name: .* is no text"),
         ("like: h100\nhbm: fast", "hbm: 'fast' is no number"),
+        ("like: h100\nhbm: true", "hbm: True is no number"),
+        ("like: h100\nhbm: 1" + 400 * "0", "hbm: 10.* is no number"),
+        ("like: h100\nmemory: .nan", "memory: nan is no number; valid: a finite number over 0"),
+        ("like: h100\nnetwork: -1", "network: -1 is out of range; valid: a finite number over 0"),
+        ("like: h100\nproduct_share: 70", "product_share: 70 is out of range; .* at most 1"),
+        ("like: h100\ngpus_per_node: .inf", "gpus_per_node: inf is no number; valid: 1, 2, 3"),
+        ("like: h100\ngpus_per_node: 2.5", "gpus_per_node: 2.5 is out of range"),
+        *((f"like: h100\n{key}: 0", f"{key}: 0 is out of range") for key in DIVISORS),
     ):
         file.write_text(text)
-        with pytest.raises(UserError, match=problem):
+        with pytest.raises(UserError, match=f"{file}: {problem}"):
             load(str(file))
+    file.write_bytes(b"like: h100 # \xe9")
+    with pytest.raises(UserError, match=f"{file}: cannot read this GPU"):
+        load(str(file))
+    file.write_text("like: h100\nfp8: 0\nlink_latency: 0\ngpus_per_node: 4.0\nproduct_share: 1")
+    assert (load(str(file)).fp8, load(str(file)).gpus_per_node, load(str(file)).product_share) == (0, 4, 1)
     with pytest.raises(UserError, match="'h1000' is not known; valid: a100"):
         load("h1000")
 

@@ -1,7 +1,9 @@
 """What a GPU and its links can do, and which part of that training reaches."""
 
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -9,6 +11,10 @@ from ecdit.errors import UserError
 from ecdit.recipe import ClusterRecipe
 
 GB = 1e9
+# which numbers are valid; all others are divided by, and over 0
+WHOLE = {"gpus_per_node"}
+MAY_BE_ZERO = {"fp8", "kernel_seconds", "host_seconds", "link_latency", "context", "slack"}
+SHARES = {"product_share", "fp8_share", "hbm_share", "link_share"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ def load(name: str) -> Gpu:
         raise UserError(f"cluster.gpu: {name!r} is not known; valid: {', '.join(GPUS)}, or a YAML file")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or no date
         raise UserError(f"{path}: cannot read this GPU: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: a GPU is a mapping of keys to values")
@@ -80,21 +86,41 @@ def of_cluster(cluster: ClusterRecipe) -> Gpu | None:
 def _parse(path: Path, values: dict) -> Gpu:
     known = {field.name: field for field in fields(Gpu)}
     like = values.pop("like", None)
-    if like is not None and like not in GPUS:
+    if like is not None and not (isinstance(like, str) and like in GPUS):
         raise UserError(f"{path}: like: {like!r} is not known; valid: {', '.join(GPUS)}")
     for key, value in values.items():
         if key not in known:
             raise UserError(f"{path}: {key}: unknown key; valid: {', '.join(known)}")
-        if key != "name":
-            try:
-                values[key] = float(value) if key != "gpus_per_node" else int(value)
-            except (TypeError, ValueError):
-                raise UserError(f"{path}: {key}: {value!r} is no number") from None
-            if values[key] < 0:
-                raise UserError(f"{path}: {key}: {value!r} is negative")
+        values[key] = _parse_name(path, value) if key == "name" else _parse_number(path, key, value)
     if like is not None:
         return replace(GPUS[like], name=values.pop("name", path.stem), **values)
     needed = [field.name for field in fields(Gpu)[1:7] if field.name not in values]
     if needed:
         raise UserError(f"{path}: missing {', '.join(needed)}; or say like: {', '.join(GPUS)}")
     return Gpu(**({"name": path.stem} | values))
+
+
+def _parse_name(path: Path, value: Any) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{path}: name: {value!r} is no text")
+    return value
+
+
+def _parse_number(path: Path, key: str, value: Any) -> float | int:
+    try:
+        number = float("nan" if isinstance(value, bool) else value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{path}: {key}: {value!r} is no number; valid: {_valid(key)}")
+    most = 1 if key in SHARES else math.inf
+    if not 0 <= number <= most or (number == 0 and key not in MAY_BE_ZERO) or (key in WHOLE and number % 1):
+        raise UserError(f"{path}: {key}: {value!r} is out of range; valid: {_valid(key)}")
+    return int(number) if key in WHOLE else number
+
+
+def _valid(key: str) -> str:
+    if key in WHOLE:
+        return "1, 2, 3, ..."
+    least = "0 or more" if key in MAY_BE_ZERO else "a finite number over 0"
+    return f"{least}, at most 1" if key in SHARES else least
