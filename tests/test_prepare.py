@@ -1,5 +1,6 @@
 """Any source becomes the same shards: every pair once, captions byte for byte, whatever is broken in it named."""
 
+import errno
 import io
 import json
 import os
@@ -22,9 +23,11 @@ from ecdit.data.shards import ShardFolder
 from ecdit.data.sources import Columns, find_parts, tar
 from ecdit.data.sources.files import expand
 from parallel.checkpoint.lock import FolderLock
+from tests.command import ecdit
 from tests.pairs import KINDS, as_folder, as_listed, as_mds, as_parquet, as_tar, make_pairs, served
 from tests.photographs import photographs
 from tests.ranks import run_on_ranks
+from tests.test_train import complaint
 
 COUNT, RESOLUTION = 30, 32
 
@@ -401,6 +404,28 @@ def test_a_plan_that_was_cut_off_is_named(pairs, tmp_path):
     (begun / "plan.json").write_text('{"settings":')
     with pytest.raises(UserError, match=rf"{begun}/plan.json: cannot be read .*remove {begun}, or choose another"):
         run(source, tmp_path / "new")
+
+
+def full_disk(*_: object) -> None:
+    """What writing to an open file raises: no name in it."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_named(pairs, tmp_path, monkeypatch):
+    out, begun = tmp_path / "out", tmp_path / "out.partial"
+    begun.mkdir()
+    (begun / "index.json.new").symlink_to("/dev/full")
+    source = as_tar(pairs, tmp_path / "set.tar")
+    told = complaint(ecdit("prepare", source, out, *OPTIONS, "--workers", 1))
+    assert f"{begun}: No space left on device" in told.replace("\n", " ")
+    monkeypatch.setattr("ecdit.data.prepare.write_shards", full_disk)
+    with pytest.raises(OSError) as error:
+        prepare_shapes(out, count=50, seed=0)
+    assert error.value.filename == str(begun)
+    monkeypatch.setattr("socket.gethostname", full_disk)
+    with pytest.raises(OSError) as error:
+        prepare_shapes(out, count=50, seed=0)
+    assert error.value.filename == f"{out}.lock" and not Path(f"{out}.lock").exists()
 
 
 # ---- processes, ranks, and the plug pulled

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -27,9 +28,19 @@ class FolderLock:
             owner = self._file.read().strip() or "another process"
             self._file.close()
             raise CheckpointError(f"{of or path.parent}: {owner} {does}")
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
+        self._sign()
+
+    def _sign(self) -> None:
+        """Says in the file whose it is. Raises OSError that names the file, and leaves none, where the disk is full."""
+        try:
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self._file.flush()
+        except OSError as error:
+            error.filename = str(self._path)
+            with suppress(OSError):  # closing tries to write once more
+                self.remove()
+            raise
 
     def release(self) -> None:
         """Lets another run have the folder."""

@@ -5,6 +5,7 @@ its own, which appears by a rename; a preparation that was killed goes on with t
 shards are the same however many processes there are and however often they were stopped.
 """
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -52,9 +53,10 @@ def _write_shapes(out: Path, settings: dict[str, Any], workers: int) -> None:
     begun = _partial(out)
     shutil.rmtree(begun, ignore_errors=True)
     columns = {"image": "bytes", "caption": "str", "key": "str", "scene": "json"}
-    written = write_shards(_shapes(settings["count"], settings["seed"], workers), begun, columns)
-    (begun / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    begun.rename(out)
+    with _full_disk_named(begun):
+        written = write_shards(_shapes(settings["count"], settings["seed"], workers), begun, columns)
+        (begun / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        begun.rename(out)
     _say(f"{written} samples in {out}.")
 
 
@@ -92,10 +94,11 @@ def prepare(settings: Settings, out: Path, *, workers: int, crew: Crew | None = 
 def _prepare(parts: list[Part], settings: Settings, out: Path, workers: int, crew: Crew) -> None:
     partial = _partial(out)
     work = Work(parts, partial, settings, workers, crew)  # loads the encoders: nothing is begun if they are not there
-    crew.once(lambda: _begin(partial, settings, parts))
-    work.run()
-    crew.meet()
-    crew.once(lambda: _end(partial, out, settings, len(parts), work.describe_encoders()))
+    with _full_disk_named(partial):
+        crew.once(lambda: _begin(partial, settings, parts))
+        work.run()
+        crew.meet()
+        crew.once(lambda: _end(partial, out, settings, len(parts), work.describe_encoders()))
 
 
 def _end(partial: Path, out: Path, settings: Settings, parts: int, encoded: str | None) -> None:
@@ -253,6 +256,17 @@ def _tell(counts: Counts, out: Path) -> None:
             _say(f"  {number} {what}: {reason}")
     if counts.left_out or counts.changed:
         _say(f"  which: {out / REPORT}")
+
+
+@contextmanager
+def _full_disk_named(folder: Path) -> Iterator[None]:
+    """What is written to a file that is open fails without its name: the folder's is as good."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+            error.filename = str(folder)
+        raise
 
 
 @contextmanager
