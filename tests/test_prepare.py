@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -216,7 +217,38 @@ def bomb() -> bytes:
     return encoded(Image.new("1", (10_000, 10_000)), "PNG")
 
 
+def grey_tiff(values: np.ndarray, bits: int, kind: int) -> bytes:
+    """A TIFF of one channel, as it is laid out: 40x40. kind: 1 unsigned, 2 signed, 3 floating point."""
+    data = values.tobytes()
+    tags = {256: 40, 257: 40, 258: bits, 259: 1, 262: 1, 273: 134, 277: 1, 278: 40, 279: len(data), 339: kind}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
+
+
+def unturned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 99
+    return picture(exif=exif)
+
+
+def with_16_in_a_place() -> bytes:
+    """A TIFF of 8 bits, of which a part begins at a byte whose number has a 16 in it."""
+    made = (picture(size=(40, height), kind="TIFF", compression="tiff_lzw") for height in range(20, 400))
+    return next(data for data in made if "16" in str(Image.open(io.BytesIO(data)).tile))
+
+
+def bmp_of_16_bits() -> bytes:
+    """Of a pixel: 5 red, 6 green, 5 blue."""
+    header = struct.pack("<IiiHHIIiiII", 40, 40, 40, 1, 16, 3, 3200, 0, 0, 0, 0)
+    masks = struct.pack("<III", 0xF800, 0x07E0, 0x001F)
+    return b"BM" + struct.pack("<IHHI", 66 + 3200, 0, 0, 66) + header + masks + bytes(3200)
+
+
 LEFT_OUT = {
+    "int32": (grey_tiff(np.full((40, 40), 200, np.int32), 32, 2), "broken picture"),
+    "uint32": (grey_tiff(np.full((40, 40), 200, np.uint32), 32, 1), "broken picture"),
+    "int16": (grey_tiff(np.full((40, 40), 200, np.int16), 16, 2), "broken picture"),
+    "float": (grey_tiff(np.full((40, 40), 200, np.float32), 32, 3), "broken picture"),
     "empty": (b"", "empty picture file"),
     "text": (b"no picture at all", "broken picture"),
     "cut": (picture(size=(200, 200))[:-300], "broken picture"),
@@ -225,6 +257,9 @@ LEFT_OUT = {
 CHANGED = {
     "cmyk": (picture(mode="CMYK", color=(0, 255, 255, 0)), "CMYK to RGB", (255, 0, 0)),
     "deep": (encoded(Image.fromarray(np.full((40, 40), 51 << 8, np.uint16)), "PNG"), "16 bits to 8", (51, 51, 51)),
+    "uint16": (grey_tiff(np.full((40, 40), 51 << 8, np.uint16), 16, 1), "16 bits to 8", (51, 51, 51)),
+    "uint12": (grey_tiff(np.full((40, 60), 0x33, np.uint8), 12, 1), "12 bits to 8", (51, 51, 51)),
+    "pgm": (b"P5 40 40 1023\n" + np.full((40, 40), 205, ">u2").tobytes(), "16 bits to 8", (51, 51, 51)),
     "animated": (animated(), "animated: first frame taken", (255, 0, 0)),
     "clear": (picture(mode="RGBA", color=(0, 0, 0, 0), kind="PNG"), "transparent: put on white", (255, 255, 255)),
 }
@@ -253,6 +288,16 @@ def test_pictures_are_turned_as_their_exif_data_say(tmp_path):
     above = pixels(folder.sample(0))[: RESOLUTION // 3]
     assert above[..., 2].mean() > 200 > 50 > above[..., 0].mean()
     assert report(tmp_path / "out")["in/a"]["changed"] == "turned as its EXIF data say"
+
+
+NOTHING_DONE = [unturned(), with_16_in_a_place(), bmp_of_16_bits()]
+
+
+@pytest.mark.parametrize("data", NOTHING_DONE, ids=["unturned", "place", "bmp"])
+def test_nothing_is_told_that_was_not_done(data, tmp_path):
+    """Not of an orientation that is none, nor of depth where a place in the file has digits that look like one."""
+    run(as_tar({"a": (data, "c")}, tmp_path / "in.tar"), tmp_path / "out")
+    assert report(tmp_path / "out") == {}
 
 
 def test_captions_that_are_missing_empty_or_not_utf8_are_named(tmp_path):

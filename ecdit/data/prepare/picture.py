@@ -1,6 +1,7 @@
 """A picture's file, of any size and kind, to a square crop of one size: what can be made of it, and what cannot."""
 
 import io
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,10 @@ from parallel.philox import key_of
 
 JPEG_QUALITY = 95
 ORIENTATION = 0x0112  # EXIF's tag
+TURNED = range(2, 9)  # its values that say something
+SCALED = ("PNG", "PPM")  # of which Pillow makes integers of 16 bits, whatever they had
+DEEP = re.compile(r"(?<!BGR);(12|16)")  # bits of a channel; BGR;16 are those of all three
+UNSIGNED_16 = re.compile(r";16[BLNR]*( |$)")
 
 # Pillow's own limit warns or raises, by size; ours is a setting, looked at before a pixel is decoded.
 Image.MAX_IMAGE_PIXELS = None
@@ -80,19 +85,17 @@ def upright_rgb(image: Image.Image, side: int) -> tuple[Image.Image, list[str]]:
     changes = []
     if getattr(image, "n_frames", 1) > 1:
         changes.append("animated: first frame taken")
-    if image.getexif().get(ORIENTATION, 1) != 1:
+    if image.getexif().get(ORIENTATION) in TURNED:
         changes.append("turned as its EXIF data say")
     if _is_plain_jpeg(image):
         image.draft("RGB", (2 * side, 2 * side))  # decodes at half, a quarter or an eighth where that is enough
-    deep = any("16" in str(tile[3]) for tile in getattr(image, "tile", []))
-    if deep or image.mode.startswith("I"):
-        changes.append("16 bits to 8")
+    bits = _bits(image)
+    if bits > 8:
+        changes.append(f"{bits} bits to 8")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
-    elif image.mode == "F":
-        raise Unusable("broken picture", "pixels are floating-point numbers of no known range")
+        image = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
     elif image.mode == "CMYK":
         changes.append("CMYK to RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -100,6 +103,25 @@ def upright_rgb(image: Image.Image, side: int) -> tuple[Image.Image, list[str]]:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB"), changes
+
+
+def _bits(image: Image.Image) -> int:
+    """Of a channel, in the file. Raises Unusable where nothing says which number is white."""
+    raw = " ".join(str(_raw_mode(tile)) for tile in getattr(image, "tile", []))
+    if image.mode == "F":
+        raise Unusable("broken picture", "pixels are floating-point numbers of no known range")
+    if image.mode == "I" and image.format not in SCALED and not UNSIGNED_16.search(raw):
+        raise Unusable("broken picture", "pixels are integers of no known range, signed or of 32 bits")
+    deep = DEEP.search(raw)
+    if deep is None:
+        return 16 if image.mode.startswith("I") else 8
+    return int(deep[1])
+
+
+def _raw_mode(tile: tuple) -> object:
+    """How the file has its pixels, Pillow's name; what follows it there are places and sizes."""
+    arguments = tile[3]
+    return arguments[0] if isinstance(arguments, tuple) and arguments else arguments
 
 
 def _square(image: Image.Image, key: str, settings: Settings) -> Image.Image:
