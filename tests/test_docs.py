@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -85,17 +86,26 @@ def serve(arguments, folder):
     port = free_port()
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "ecdit.cli", *arguments, "--port", str(port)]
-    with subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True) as server:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                assert urlopen(f"http://127.0.0.1:{port}", timeout=10).status == 200
-                break
-            except OSError:
-                assert server.poll() is None and time.monotonic() < deadline, server.stderr.read()
-                time.sleep(0.2)
-        server.send_signal(signal.SIGINT)
-        assert server.wait(60) == 0, server.stderr.read()
+    minding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C
+    options = {"cwd": folder, "env": environment, "stderr": subprocess.PIPE, "text": True, "preexec_fn": minding}
+    with subprocess.Popen(command, **options) as server:
+        try:
+            wait_for_page(server, port)
+            server.send_signal(signal.SIGINT)
+            assert server.wait(60) == 0, server.stderr.read()
+        finally:
+            server.kill()
+
+
+def wait_for_page(server, port):
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            assert urlopen(f"http://127.0.0.1:{port}", timeout=10).status == 200
+            return
+        except OSError:
+            assert server.poll() is None and time.monotonic() < deadline, server.stderr.read()
+            time.sleep(0.2)
 
 
 def test_every_command_runs(place):
