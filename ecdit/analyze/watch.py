@@ -1,8 +1,7 @@
 """Watches a running model, in sampling and in training: which experts took which tokens, and what the tokens read.
 
 Both are context managers that hang forward hooks on a model and take them off again; a model that nobody watches has
-none, so that watching costs nothing when it is off. While one is watched, no step is
-replayed as a graph.
+none, so that watching costs nothing when it is off. While one is watched, no step is replayed as a graph.
 
 Shapes: `B` images, `S` tokens of an image, `K` of them that masking kept, `L` text tokens, `H` query heads, `E`
 experts, `N` tokens that this rank routes, `M` slots.

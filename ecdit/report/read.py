@@ -84,7 +84,7 @@ def _read(folder: Path, name: str) -> RunData:
     run = Run(folder)
     recipe = flat(run.recipe().model_dump(mode="json"))
     records = read_metrics(run.metrics_file) if run.metrics_file.exists() else []
-    records = [record for record in records if isinstance(record, dict) and all(key in record for key in NEEDED)]
+    records = [record for record in records if all(key in record for key in NEEDED)]
     if not records:
         raise UserError(f"{run.metrics_file}: no logged step to report; `ecdit train` writes one every log.every steps")
     columns = {key: np.array([_float(record.get(key)) for record in records]) for key in _columns(records)}
@@ -145,7 +145,7 @@ def _drawn(folder: Path) -> dict[str, dict[int, Path]]:
     for trace in folder.glob("step-*/samples.jsonl"):
         step = trace.parent.name.removeprefix("step-")
         for known in read_metrics(trace):
-            if not isinstance(known, dict) or not {"file", "prompt"} <= known.keys():
+            if not {"file", "prompt"} <= known.keys():
                 continue
             picture = trace.parent / "pictures" / known["file"]
             if step.isdecimal() and picture.exists():

@@ -13,7 +13,7 @@ TRAINING = "is training in this folder; wait, or name another run"
 
 
 class FolderLock:
-    """Held by the first rank of a run as long as its process lives, however it dies: the kernel keeps it."""
+    """Held as long as its process lives, however that dies: the kernel keeps it."""
 
     def __init__(self, path: Path, does: str = TRAINING, of: Path | None = None):
         """Takes the lock of the folder `of`: the one that `path` lies in, if not given.
