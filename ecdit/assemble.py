@@ -96,7 +96,7 @@ def assemble_model(recipe: Recipe, place: Topology) -> EcDit:
     if recipe.model.routing == "megatron_topk":
         from parallel.megatron_moe import set_share  # needs the extra `te`
 
-        set_share(recipe.train.micro_batch * place.data_ranks / recipe.train.batch, place.device)
+        set_share(recipe.train.micro_batch / recipe.train.batch, place.device)
     model.to(DTYPES[recipe.train.precision])
     for message in fp8.prepare(model):
         print(message, file=sys.stderr)

@@ -63,7 +63,6 @@ class Step:
         model = recipe.model
         routed = [layer for layer in range(model.layers) if model.sparse(layer) and model.grouped]
         self._routed = routed, [layer for layer in routed if str(layer) in engine.model.blocks]
-        self._images = recipe.train.batch // place.data_ranks
         self._tokens = 0
         self._count_routing = True
         self._graphed = Graphed(self._compute) if recipe.train.graph else None
@@ -103,15 +102,16 @@ class Step:
             if self._count_routing:
                 routing.add(out.plans)
             if per_image is not None:
-                velocity.add_(per_image.detach().sum() / self._images)
-            return to_differentiate(per_image, extra, out, len(micro.latents), self._images)
+                velocity.add_(per_image.detach().sum() / recipe.train.batch)
+            return to_differentiate(per_image, extra, out, len(micro.latents), recipe.train.batch)
 
         size = recipe.train.micro_batch
         shape = self._engine.model.hidden_shape(size, self._tokens)
-        total = self._engine.accumulate(iter(lots), self._images // size, loss, shape)
+        count = recipe.train.batch // place.data_ranks // size
+        total = self._engine.accumulate(iter(lots), count, loss, shape)
         update = self._engine.update(numbers[0], total.isfinite())
         # every tensor rank has its data rank's loss, on the last stage
-        mean = velocity / (place.data_ranks * place.layout.tensor)
+        mean = velocity / place.layout.tensor
         told = torch.stack([update.grad_norm.double(), update.applied.double(), mean.double()])
         return torch.cat([told, routing.sums().double().flatten()])
 

@@ -65,7 +65,7 @@ class MegatronMoe(nn.Module):
 
 
 def set_share(share: float, device: torch.device) -> None:
-    """Which share of a step's mean a micro-batch is; the auxiliary loss of each is weighted by it."""
+    """Which share of a step's batch a micro-batch is; the auxiliary loss of each is weighted by it."""
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(share, device=device))
 
 

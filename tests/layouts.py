@@ -163,7 +163,7 @@ def accumulate(case: Case, place: topology.Topology, engine: Engine, batch: Micr
 
     def loss(ddp, micro, hidden):
         per_image, extra, out = objective(ddp, micro, recipe, hidden)
-        return to_differentiate(per_image, extra, out, len(micro.latents), images)
+        return to_differentiate(per_image, extra, out, len(micro.latents), case.batch)
 
     micros = [slice_of(batch, slice(i, i + size), place.device) for i in range(first, first + images, size)]
     tokens = recipe.model.tokens if micros[0].draws.keep is None else micros[0].draws.keep.shape[1]

@@ -13,7 +13,7 @@ from parallel.engine.ema import Ema
 from parallel.engine.megatron import MegatronEngine
 from parallel.engine.optimizer import RmspropMomentum, Slice, clip_scale
 from parallel.topology import Layout
-from tests.layouts import whole, whole_kind
+from tests.layouts import Case, accumulate, build, global_batch, whole, whole_kind
 from tests.ranks import run_on_ranks
 from tests.test_model import TINY, inputs
 
@@ -43,7 +43,7 @@ def train(settings=SETTINGS, precision=torch.float32, poison=None):
         if step == poison:
             part[0][:] = float("nan")
         micro = [[tensor[i : i + 2] for tensor in part] for i in range(0, images, 2)]  # two images fill a group
-        loss = engine.accumulate(micro, len(micro), partial(loss_of, share=2 / images), NO_STAGES)
+        loss = engine.accumulate(micro, len(micro), partial(loss_of, share=2 / IMAGES), NO_STAGES)
         update = engine.update(LR)
         trace.append((loss.item(), update.grad_norm.item(), update.applied.item()))
     state = {kind: whole_kind(engine, kind) for kind in engine_kinds(engine)}
@@ -102,6 +102,31 @@ def test_two_and_four_ranks_train_as_one_does():
                 assert norm == pytest.approx(one_norm, rel=1e-4)
             for kind in ("weights", "ema", "square", "momentum"):
                 assert_same(other_state[kind], state[kind], 2e-3)
+
+
+def squares_flowing_back(layout, images):
+    """Sum over all ranks of the squares of each attention's gradients, of a batch in micro-batches."""
+    place = topology.start(layout, 1)
+    case = Case(layout, place.ranks, accumulation=2, batch=images)
+    model, engine = build(case, place)
+    found = torch.zeros(len(model.blocks))
+
+    def count(number, _module, _inputs, slopes):
+        found[number] += slopes[0].square().sum()
+
+    for number, block in enumerate(model.blocks.values()):
+        block.self_attention.register_full_backward_hook(partial(count, number))
+    accumulate(case, place, engine, global_batch(case.recipe(), 0))
+    sums = place.sum(found).tolist()
+    topology.stop()
+    return sums
+
+
+def test_what_flows_back_is_as_large_on_any_layout():
+    """Scales of FP8 are of it, and a checkpoint may go on over other ranks."""
+    one = squares_flowing_back(Layout(), 16)
+    for layout, ranks in ((Layout(), 2), (Layout(expert=2), 4)):
+        assert run_on_ranks(squares_flowing_back, ranks, layout, 16)[0] == pytest.approx(one, rel=1e-4)
 
 
 def test_state_is_whole_and_loads_into_an_identical_continuation():

@@ -137,7 +137,7 @@ def engine_gradients(layout, recompute="none", chunks=1):
     found = []
     for _ in range(2):
         micro = [[tensor[i : i + 2] for tensor in part] for i in range(0, images, 2)]
-        engine.accumulate(micro, len(micro), partial(loss_of, share=2 / images), NO_STAGES)
+        engine.accumulate(micro, len(micro), partial(loss_of, share=2 / IMAGES), NO_STAGES)
         found.append({name: g.clone() for name, g in whole(engine.gradients()).items()})
     added = {name for name, weight in model.named_parameters() if weight.grad_added_to_main_grad}
     topology.stop()

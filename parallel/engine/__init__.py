@@ -30,7 +30,8 @@ class Update:
 
 
 # (model, micro-batch, what the pipeline stage before sent, or None) -> what is to be differentiated, a scalar on the
-# last stage, on the others what the next stage needs; and this stage's part of the loss
+# last stage, on the others what the next stage needs; and this stage's part of the loss. A micro-batch's loss is its
+# share of the whole batch's, over all ranks: what flows back, and so FP8's scales of it, is then the same on any layout
 Loss = Callable[[nn.Module, Any, Tensor | None], tuple[Tensor, Tensor]]
 
 
@@ -41,8 +42,8 @@ class Engine(Protocol):
     told: list[str]  # what a user should know of how it computes here
 
     def accumulate(self, micro_batches: Iterable[Any], count: int, loss: Loss, hidden_shape: tuple[int, ...]) -> Tensor:
-        """Backward through the loss of each of `count` micro-batches, and the gradients' reduction over ranks; returns
-        the mean over the data ranks of the losses' sum over stages and micro-batches (fp32).
+        """Backward through the loss of each of `count` micro-batches, and the gradients' sum over data ranks; returns
+        the sum of the losses over data ranks, stages and micro-batches (fp32).
 
         `hidden_shape`: of what a pipeline stage sends the next, (images, tokens, width).
         """

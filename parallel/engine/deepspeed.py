@@ -156,9 +156,10 @@ class DeepSpeedEngine:
         for number in range(count):
             self._deepspeed.set_gradient_accumulation_boundary(number == count - 1)
             value, part = self._deepspeed(loss, next(batches))
-            self._deepspeed.backward(value, scale_wrt_gas=False)
+            # it takes the mean over data ranks
+            self._deepspeed.backward(value * self.topology.data_ranks, scale_wrt_gas=False)
             total.add_(part)
-        return self.topology.sum(total / (self.topology.data_ranks * self.topology.layout.tensor))
+        return self.topology.sum(total / self.topology.layout.tensor)
 
     def update(self, lr: float | Tensor, finite: Tensor | None = None) -> Update:
         """One update, unless a gradient or the loss is not finite: then nothing changes. The host waits."""

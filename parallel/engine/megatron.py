@@ -44,13 +44,15 @@ class MegatronEngine:
             # megatron-core reduces these over expert-data ranks instead of data ranks
             parameter.allreduce = not parameter.expert
         # a transformer's configuration is asked for; only what is said here is read. Under tensor parallelism gradients
-        # of some weights are to be summed over its ranks: `Spread.mark_gradients` says which.
+        # of some weights are to be summed over its ranks: `Spread.mark_gradients` says which. A loss is a share of the
+        # whole batch's, so gradients are summed over data ranks, too; DDP knows that as a loss per token.
         config = TransformerConfig(
             num_layers=topology.layout.pipeline,
             hidden_size=tensor_ranks,
             num_attention_heads=tensor_ranks,
             tensor_model_parallel_size=tensor_ranks,
             sequence_parallel=tensor_ranks > 1,
+            calculate_per_token_loss=True,
         )
         self._ddp = DistributedDataParallel(
             config,
@@ -106,7 +108,7 @@ class MegatronEngine:
         total = run(micro_batches, count, loss, hidden_shape)
         finalize_model_grads([self._ddp], pg_collection=self.topology.groups)
         # every tensor rank has the loss of its data rank
-        return self.topology.sum(total / (self.topology.data_ranks * self.topology.layout.tensor))
+        return self.topology.sum(total / self.topology.layout.tensor)
 
     def _run(self, micro_batches: Iterable[Any], count: int, loss: Loss, _hidden_shape: tuple[int, ...]) -> Tensor:
         total = torch.zeros((), device=self.topology.device)
