@@ -21,11 +21,11 @@ class Benchmark:
 
 
 BENCHMARKS = {
-    "moe": Benchmark(moe.rows, ("seconds", "trace")),
-    "block": Benchmark(block.rows, ("seconds", "trace")),
-    "step": Benchmark(step.rows, ("seconds", "trace", "recipe", "overrides")),
+    "moe": Benchmark(moe.rows, ("seconds", "trace", "only")),
+    "block": Benchmark(block.rows, ("seconds", "trace", "only")),
+    "step": Benchmark(step.rows, ("seconds", "trace", "only", "recipe", "overrides")),
     "dispatch": Benchmark(dispatch.rows, ("seconds", "trace")),
-    "sample": Benchmark(sample.rows, ("seconds", "trace", "steps")),
+    "sample": Benchmark(sample.rows, ("seconds", "trace", "only", "steps")),
     "kernels": Benchmark(lambda asked: kernels.rows()),
     "checkpoint": Benchmark(lambda asked: checkpoint.rows()),
     "plan": Benchmark(lambda asked: plan.rows()),
@@ -33,7 +33,8 @@ BENCHMARKS = {
     "data": Benchmark(lambda asked: data.rows()),
 }
 OPTIONS = {  # as the command line has them
-    "seconds": "--seconds", "trace": "--profile", "steps": "--steps", "recipe": "RECIPE", "overrides": "KEY=VALUE",
+    "seconds": "--seconds", "trace": "--profile", "steps": "--steps", "only": "--only", "recipe": "RECIPE",
+    "overrides": "KEY=VALUE",
 }  # fmt: skip
 
 

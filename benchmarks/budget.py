@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -60,7 +61,7 @@ class Asked:
     """What the command line asks of a benchmark; None: the benchmark's own choice.
 
     seconds: of timing, all in all. steps: of the solver in sampling. trace: where the profile of the first variant
-    goes. recipe, overrides: what the step trains.
+    goes. recipe, overrides: what the step trains. only: patterns, as a shell's for files, of the variants' names.
     """
 
     seconds: float | None = None
@@ -68,11 +69,20 @@ class Asked:
     trace: Path | None = None
     recipe: Path | None = None
     overrides: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raises UserError for a trace that cannot be written."""
         if self.trace is not None and not self.trace.parent.is_dir():
             raise UserError(f"--profile: {self.trace}: there is no folder {self.trace.parent}")
+
+    def pick(self, variants: list[Variant]) -> list[Variant]:
+        """Those that are asked for. Raises UserError for a pattern that none has a name like."""
+        for pattern in self.only:
+            if not any(fnmatchcase(variant.name, pattern) for variant in variants):
+                names = "; ".join(variant.name for variant in variants)
+                raise UserError(f"--only: {pattern!r} is like none of what is measured: {names}")
+        return [v for v in variants if not self.only or any(fnmatchcase(v.name, pattern) for pattern in self.only)]
 
 
 NOTHING = Asked()
@@ -259,10 +269,11 @@ def _rows(
             rows.append(Row(f"{name}, {kind}, the best", min(best), about={unit: scale * work[name] / min(best)}))
     for variant in variants:
         one, peer = found[variant.name], found.get(variant.against)
+        against = None if peer is None else variant.against
         if one.failed is not None:
-            rows.append(Row(variant.name, None, variant.against, failed=one.failed, about=variant.about))
+            rows.append(Row(variant.name, None, against, failed=one.failed, about=variant.about))
             continue
-        row = Row(variant.name, median(one.taken), variant.against, spread=_spread(one.taken))
+        row = Row(variant.name, median(one.taken), against, spread=_spread(one.taken))
         if peer is not None and peer.failed is None:
             row.ratio = ratio(one.taken, peer.taken)
         row.about = _rates(variant, row.milliseconds, one.best, work) | variant.about

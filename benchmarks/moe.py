@@ -28,10 +28,13 @@ AUX_LOSS = 0.01  # weight of the peer's load-balancing loss
 
 def rows(asked: Asked = NOTHING) -> list[Row]:
     """Forward and backward, gradients of weights and tokens. The trace is of the first case's layer."""
+    cases = [_variants(width, experts) for width, experts in CASES]
+    picked = asked.pick([variant for case in cases for variant in case])
+    cases = [case for case in ([variant for variant in case if variant in picked] for case in cases) if case]
     found: list[Row] = []
-    for number, (width, experts) in enumerate(CASES):
-        seconds = (asked.seconds or SECONDS) / len(CASES)
-        found += compare(_variants(width, experts), seconds, TYPE, asked.trace if number == 0 else None)
+    for number, case in enumerate(cases):
+        seconds = (asked.seconds or SECONDS) / len(cases)
+        found += compare(case, seconds, TYPE, asked.trace if number == 0 else None)
     return found
 
 

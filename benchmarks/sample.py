@@ -54,7 +54,7 @@ def rows(asked: Asked = NOTHING) -> list[Row]:
         variants.append(_variant(base, dense, steps, None))
         for kind, (recipe, against) in cast.items():
             variants.append(_variant(f"{size}-{kind}, FP8 block", recipe, steps, against, fp8=True))
-    found = compare(variants, asked.seconds or SECONDS, TYPE, asked.trace)
+    found = compare(asked.pick(variants), asked.seconds or SECONDS, TYPE, asked.trace)
     for row, variant in ((row, variant) for row in found for variant in variants if variant.name == row.name):
         if row.milliseconds is not None:
             row.about["s a picture"] = row.milliseconds / 1e3 / variant.images

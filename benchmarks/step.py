@@ -70,7 +70,8 @@ def rows(asked: Asked = NOTHING) -> list[Row]:
             about=about,
         )
         variants.append(variant)
-    return compare_apart(variants, asked.seconds or SECONDS, DTYPES[recipe.train.precision], asked.trace)
+    seconds, dtype = asked.seconds or SECONDS, DTYPES[recipe.train.precision]
+    return compare_apart(asked.pick(variants), seconds, dtype, asked.trace)
 
 
 def bench_recipe(path: Path, overrides: Sequence[str]) -> Recipe:

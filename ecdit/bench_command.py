@@ -24,6 +24,10 @@ def bench(
     profile: Annotated[
         Path | None, typer.Option(help="Also write a Chrome trace of the first variant here (.json or .json.gz).")
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Variants to measure, by a pattern of their names such as '*FP8*'; more than once for more."),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
 ) -> None:
     """Run a benchmark against its peers, all in one run. Under torchrun or srun all ranks take part."""
@@ -31,7 +35,7 @@ def bench(
     from benchmarks import as_table, check, report
     from benchmarks.budget import Asked
 
-    asked = Asked(seconds, steps, profile, recipe, tuple(overrides or ()))
+    asked = Asked(seconds, steps, profile, recipe, tuple(overrides or ()), tuple(only or ()))
     check(name, asked)
     if json_file is not None and not json_file.parent.is_dir():
         raise UserError(f"--json: {json_file}: there is no folder {json_file.parent}")

@@ -161,6 +161,18 @@ def test_blocks_dispatch_and_sampling_are_measured(small):
     assert found.about["overhead of operations"] == pytest.approx(0.248, abs=1e-3)
 
 
+def test_only_what_is_asked_for_is_measured(small):
+    rows = of(moe.rows(Asked(only=("EC-DiT layer, D 16, E ?", "dense FFN*E 8"))))
+    product = "product of matrices, float32, the best"
+    assert rows.keys() == {product, "EC-DiT layer, D 16, E 4", "EC-DiT layer, D 16, E 8"} | {
+        "dense FFN of equal FLOPs, D 16, E 8"
+    }
+    alone, beside = rows["EC-DiT layer, D 16, E 4"], rows["EC-DiT layer, D 16, E 8"]
+    assert alone.against is None and alone.ratio is None and beside.ratio > 0
+    done = run("step", "recipes/quickstart.yaml", "model.layers=2", "train.batch=32", "--only", "*launched")
+    assert done.exit_code == 0 and "as it is launched" in done.stdout
+
+
 def test_a_profile_of_a_training_step_has_the_layers_parts(tmp_path, small):
     trace = tmp_path / "trace.json.gz"
     done = run("step", "recipes/quickstart.yaml", "model.layers=2", "train.batch=32", "--profile", trace)
@@ -188,6 +200,8 @@ def test_a_recipes_step_is_a_few_micro_batches_on_one_rank(small):
         (("block", "recipes/quickstart.yaml"), "RECIPE: not for block, but for step"),
         (("moe", "--profile", "nowhere/x.json"), "--profile: nowhere/x.json: there is no folder nowhere"),
         (("moe", "--json", "nowhere/x.json"), "--json: nowhere/x.json: there is no folder nowhere"),
+        (("block", "--only", "none*"), "--only: 'none*' is like none of what is measured: expert-choice block; "),
+        (("kernels", "--only", "*"), "--only: not for kernels, but for moe, block, step, sample"),
         (("step", "nowhere.yaml"), "nowhere.yaml: cannot read this recipe"),
         (("step", "recipes/quickstart.yaml", "model.with=3"), "model.with: unknown key"),
     ],
