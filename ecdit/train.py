@@ -6,8 +6,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +17,12 @@ from ecdit.diffusion.draws import draw
 from ecdit.diffusion.masking import keep_count, ratio_at
 from ecdit.diffusion.objective import MicroBatch
 from ecdit.dtypes import DTYPES
-from ecdit.errors import UserError, explain
-from ecdit.evaluate.held import held
-from ecdit.init_from import fill_state, open_source
+from ecdit.errors import explain
 from ecdit.model.count import forward_flops
 from ecdit.peak import peak_flops
 from ecdit.recipe import Recipe
-from ecdit.recipe_io import dump_recipe
-from ecdit.run import Run, check_same_model
+from ecdit.run import Run
+from ecdit.saves import Progress, Saves
 from ecdit.schedule import learning_rate
 from ecdit.status import (
     NOT_FINITE,
@@ -41,9 +37,8 @@ from ecdit.step import Launched, Result, Step
 from ecdit.stop import StopRequest
 from parallel import topology
 from parallel.checkpoint import CheckpointError
-from parallel.checkpoint.folder import Keep, committed
+from parallel.checkpoint.folder import committed
 from parallel.checkpoint.lock import FolderLock
-from parallel.checkpoint.store import CheckpointStore
 from parallel.collectives import measured
 from parallel.device import to_device
 from parallel.failure import together
@@ -54,16 +49,6 @@ from parallel.watchdog import Watchdog
 # exit codes: done, a run that cannot go on, bad input (see `explain`), stopped with a checkpoint
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 MOST_SKIPPED_IN_A_ROW = 10
-
-
-@dataclass
-class Progress:
-    """Where a run stands: finished steps, applied updates, and skipped ones in all and in a row."""
-
-    step: int = 0
-    updates: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
 
 
 class Trainer:
@@ -83,8 +68,7 @@ class Trainer:
         self._stop, self._end_all = stop, end_all
         device = place.device
         check_job(recipe, place)
-        # looked at before anything else is loaded; a run that has begun goes on without it
-        self._source = open_source(recipe) if recipe.init_from and not committed(run.checkpoints) else None
+        self._saves = Saves(recipe, run, place, self._tell)  # before anything else is loaded: it may refuse
         self.stream = open_stream(recipe, self.topology.data_rank, self.topology.data_ranks)
         self.inputs = Inputs(recipe, self.stream.encoded, place, DTYPES[recipe.train.precision])
         self.engine = assemble_engine(recipe, place)
@@ -92,14 +76,6 @@ class Trainer:
         # a GPU computes a step while the host reports the one before and prepares the next
         self._ahead = int(device.type == "cuda")
         self._ended = 0.0
-        keep = recipe.checkpoint.keep
-        self.store = CheckpointStore(
-            run.checkpoints,
-            place,
-            Keep(keep.last, keep.every, partial(held, run)),
-            asynchronous=recipe.checkpoint.asynchronous,
-            timeout_minutes=recipe.parallel.timeout_minutes,
-        )
         self.progress = Progress()
         self.peak = peak_flops(device, DTYPES[recipe.train.precision]) * self.topology.ranks
         self.owns_folder = False
@@ -115,7 +91,7 @@ class Trainer:
             return self._fit()
 
     def _fit(self) -> int:
-        self._resume()
+        self.progress = self._saves.resume(self.engine)
         self.owns_folder = True  # the first rank has the lock, for it took part in that
         if self.progress.step > self.recipe.train.steps:
             self._tell(f"It has more than train.steps: {self.recipe.train.steps} already: nothing to do.")
@@ -154,14 +130,14 @@ class Trainer:
             if self.progress.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
                 return self._give_up()
             if any(result.stop for _, result, _ in ended):
-                self._save_and_wait()
+                self._saves.save_and_wait(self.engine, self.progress)
                 why = self._stop.signal or "another rank was told to stop"
                 self._status(state="requeue", why=why, step=step)
                 return STOPPED
             if step == last:
-                self._save_and_wait()
+                self._saves.save_and_wait(self.engine, self.progress)
             elif step % self.recipe.checkpoint.every == 0:
-                self._save()
+                self._saves.save(self.engine, self.progress)
         return DONE
 
     def _is_seen(self, step: int) -> bool:
@@ -214,7 +190,7 @@ class Trainer:
                 "logged": launched.logged,
             }
         )
-        self._tell_of_save()
+        self._saves.tell_of_failed()
 
     @contextmanager
     def _measured(self, step: int) -> Iterator[None]:
@@ -253,7 +229,7 @@ class Trainer:
 
     def _give_up(self) -> int:
         """Ends a run whose losses stay non-finite, leaving its checkpoints as they are."""
-        self.store.wait()
+        self._saves.wait()
         good = committed(self.run.checkpoints)
         newest = f"The newest checkpoint is {good[-1]}." if good else "There is no checkpoint before it."
         if self.topology.first:
@@ -264,72 +240,6 @@ class Trainer:
             f"Look at optimizer.lr ({self.recipe.optimizer.lr:g}), the data, and {self.run.metrics_file}."
         )
         return FAILED
-
-    def _save(self) -> None:
-        """Begins to write a checkpoint."""
-        meta = {
-            "updates": self.progress.updates,
-            "skipped": self.progress.skipped,
-            "samples": self.progress.step * self.recipe.train.batch,
-            "optimizer": self.recipe.optimizer.name,
-            "recipe": dump_recipe(self.recipe),
-        }
-        self.store.wait()
-        self._tell_of_save()
-        self.store.save(self.progress.step, self.engine.state(), meta)
-
-    def _save_and_wait(self) -> None:
-        """The last one of this process. Raises UserError where it could not be written."""
-        self._save()
-        self.store.wait()
-        saved = self.store.ended()
-        if saved is not None and saved.error is not None:
-            raise UserError(f"{saved.error}; {self._kept()}. Make room and type the same command again.")
-
-    def _tell_of_save(self) -> None:
-        """A save that failed does not end the run: there is a later one."""
-        saved = self.store.ended()
-        if saved is not None and saved.error is not None:
-            self._tell(f"{saved.error}; {self._kept()}. The run goes on and tries again at the next checkpoint.")
-
-    def _kept(self) -> str:
-        kept = committed(self.run.checkpoints)
-        return f"{kept[-1].name} is kept" if kept else "there is none before it"
-
-    def _resume(self) -> None:
-        try:
-            self.store.check_memory(self.engine.state())
-            saved, messages = self.store.newest()
-        except CheckpointError as error:
-            raise UserError(str(error)) from None
-        for message in messages:
-            self._tell(message)
-        if saved is None:
-            self._start()
-            return
-        changes = check_same_model(self.recipe, saved)
-        state = self.engine.state()
-        # scales of FP8 are found anew in a few steps, so a run may begin with FP8 in its middle
-        missing = [name for name in state if name.startswith("fp8/") and name not in saved.names]
-        if missing:
-            self._tell(f"{saved.folder} has no scales of FP8 for {len(missing)} tensors; they begin anew.")
-        saved.load({name: boxes for name, boxes in state.items() if name not in missing})
-        self.engine.loaded(saved.meta["updates"])
-        self.progress = Progress(saved.step, saved.meta["updates"], saved.meta["skipped"])
-        self._tell(f"Resumed from {saved.folder} at step {saved.step}.")
-        for change in changes:
-            self._tell(change)
-
-    def _start(self) -> None:
-        """The first step's weights: those of the seed, or of `init_from`."""
-        if not self.recipe.init_from:
-            return
-        source = self._source or open_source(self.recipe)  # the checkpoints there were may all be broken
-        source.check(self.topology.rank, self.topology.ranks)
-        for message in fill_state(self.recipe, source, self.engine.state()):
-            self._tell(message)
-        self.progress.updates = source.updates_for(self.recipe)
-        self.engine.loaded(self.progress.updates)
 
     def _report(self, record: dict[str, Any]) -> None:
         self._notify(lambda callback: callback.on_step(self, record))
