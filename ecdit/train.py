@@ -17,7 +17,7 @@ from ecdit.diffusion.draws import draw
 from ecdit.diffusion.masking import keep_count, ratio_at
 from ecdit.diffusion.objective import MicroBatch
 from ecdit.dtypes import DTYPES
-from ecdit.errors import explain
+from ecdit.errors import UserError, explain
 from ecdit.model.count import forward_flops
 from ecdit.peak import peak_flops
 from ecdit.recipe import Recipe
@@ -38,7 +38,7 @@ from ecdit.stop import StopRequest
 from parallel import topology
 from parallel.checkpoint import CheckpointError
 from parallel.checkpoint.folder import committed
-from parallel.checkpoint.lock import FolderLock
+from parallel.checkpoint.lock import FolderLock, NoLocks
 from parallel.collectives import measured
 from parallel.device import to_device
 from parallel.failure import together
@@ -319,12 +319,14 @@ def train(recipe: Recipe, runs: Path, callbacks: list[Callback], stop: StopReque
 
 @contextmanager
 def _alone(run: Run, place: Topology) -> Iterator[None]:
-    """Keeps other runs out of the folder. Raises UserError where one is in it."""
+    """Keeps other runs out of the folder. Raises UserError where one is in it, or nothing can keep it out."""
     if not place.first:
         yield
         return
     try:
         lock = FolderLock(run.folder / "lock")
+    except NoLocks as error:
+        raise UserError(str(error)) from None
     except CheckpointError as error:
         raise RunLocked(str(error)) from None
     try:

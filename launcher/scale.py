@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ecdit.callbacks.metrics import read_metrics
+from ecdit.callbacks.metrics import read_steps
 from ecdit.errors import UserError
 from ecdit.recipe_io import load_recipe
 from ecdit.run import Run
@@ -146,7 +146,7 @@ class Study:
         if self._status(nodes).get("state") != "finished":
             return None
         recipe = load_recipe(run / "recipe.yaml")
-        records = read_metrics(run / "metrics.jsonl")
+        records = read_steps(run / "metrics.jsonl")
         # the step that is profiled is slower, and so are the first ones
         late = [r for r in records if r["step"] > WARM * self.steps and r["step"] != recipe.log.collectives]
         file = run / "collectives.json"

@@ -27,7 +27,7 @@ from launcher import slurm
 from launcher.launch import launch
 from parallel.checkpoint import CheckpointError
 from parallel.checkpoint.folder import MANIFEST, committed, step_of
-from parallel.checkpoint.lock import FolderLock
+from parallel.checkpoint.lock import FolderLock, NoLocks
 
 STOPPED = 75
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -271,9 +271,11 @@ def places_of(devices: Sequence[str], ranks: int) -> list[str | None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether some process is training in it."""
+    """Whether some process is training in it. Where nothing can be locked it says no, and the run itself why."""
     try:
         FolderLock(folder / "lock").release()
+    except NoLocks:
+        return False
     except CheckpointError:
         return True
     return False

@@ -1,5 +1,6 @@
 """Checkpoints: committed whole or not at all, verified before they are trusted, read onto any layout."""
 
+import errno
 import fcntl
 import json
 import os
@@ -16,7 +17,7 @@ from parallel import topology
 from parallel.checkpoint import CheckpointError
 from parallel.checkpoint.boxes import Boxes, view_as_boxes
 from parallel.checkpoint.folder import Keep, committed, newest, verify
-from parallel.checkpoint.lock import FolderLock
+from parallel.checkpoint.lock import FolderLock, NoLocks
 from parallel.checkpoint.store import CheckpointStore
 from parallel.topology import Layout
 
@@ -226,6 +227,15 @@ def test_a_second_run_is_kept_out_until_the_first_ends(tmp_path):
         FolderLock(tmp_path / "lock")
     first.release()
     FolderLock(tmp_path / "lock").release()
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.raises(NoLocks, match=rf"^{tmp_path}/lock: this file system cannot lock a file \(No locks available"):
+        FolderLock(tmp_path / "lock")
 
 
 def test_a_lock_may_be_of_another_folder_and_removed(tmp_path, monkeypatch):

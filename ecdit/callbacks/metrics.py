@@ -95,7 +95,7 @@ def scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl. A line that a crash or a full disk cut short is left out."""
+    """The lines of a file that has one a step or a picture. One that a crash or a full disk cut short is left out."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -107,9 +107,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_steps(path: Path, last: float = math.inf) -> list[dict[str, Any]]:
+    """The lines of steps up to `last`; none where there is no file. What tells no step, as a damaged line may, is left
+    out."""
+    records = read_metrics(path) if path.exists() else []
+    return [record for record in records if "step" in record and record["step"] <= last]
+
+
 def keep_until(path: Path, step: int) -> None:
     """Takes out lines after `step`, in a file that is whole at every moment."""
-    kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record.get("step", math.inf) <= step]
+    kept = [json.dumps(record) + "\n" for record in read_steps(path, step)]
     with whole(path) as aside:
         aside.write_text("".join(kept), encoding="utf-8")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ecdit.callbacks.metrics import read_metrics
+from ecdit.callbacks.metrics import read_steps
 from ecdit.evaluate.held import place_of
 from ecdit.evaluate.suites import scores_file
 from ecdit.run import Run
@@ -57,14 +57,13 @@ class RunResult:
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl."""
-        file = self.place.metrics_file
-        return [r for r in read_metrics(file) if r["step"] <= self.step] if file.exists() else []
+        return read_steps(self.place.metrics_file, self.step)
 
     @cached_property
     def held_out(self) -> tuple[np.ndarray, np.ndarray]:
         """Steps (V,), and each picture's loss (V, P); evaluations that are not whole are left out."""
         file = self.place.held_out_file
-        steps = [r["step"] for r in read_metrics(file) if r["step"] <= self.step] if file.exists() else []
+        steps = [record["step"] for record in read_steps(file, self.step)]
         rows = {step: file.with_suffix("") / f"step-{step}.npy" for step in steps}
         rows = {step: path for step, path in rows.items() if path.exists()}
         return np.array(sorted(rows)), np.array([np.load(rows[step]) for step in sorted(rows)], np.float64)

@@ -12,13 +12,18 @@ from parallel.checkpoint import CheckpointError
 TRAINING = "is training in this folder; wait, or name another run"
 
 
+class NoLocks(CheckpointError):
+    """The file system cannot lock a file, so nothing keeps two owners apart."""
+
+
 class FolderLock:
     """Held as long as its process lives, however that dies: the kernel keeps it."""
 
     def __init__(self, path: Path, does: str = TRAINING, of: Path | None = None):
         """Takes the lock of the folder `of`: the one that `path` lies in, if not given.
 
-        Raises CheckpointError where another process has it, naming the folder, that process and what it `does`.
+        Raises CheckpointError where another process has it, naming the folder, that process and what it `does`, and
+        NoLocks.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
@@ -64,4 +69,10 @@ def _lock(path: Path) -> tuple[IO[str], bool]:
             return file, False
         except FileNotFoundError:
             pass
+        except OSError as error:
+            file.close()
+            raise NoLocks(
+                f"{path}: this file system cannot lock a file ({error.strerror}), which keeps two commands out of one "
+                "folder; choose a folder on another, or mount this one with locks"
+            ) from None
         file.close()  # its owner has removed it since it was opened: who locks it keeps nobody out
