@@ -81,6 +81,7 @@ class Trainer:
         self.owns_folder = False
         self._complained: set[Callback] = set()
         self._status_told = float("-inf")
+        self._notify(lambda callback: callback.check(self))
 
     def fit(self) -> int:
         """Trains to the last step or until told to stop. Returns the exit code.

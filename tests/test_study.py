@@ -399,6 +399,7 @@ def test_too_few_held_out_pictures_are_told_before_the_first_step(shapes, tmp_pa
     absent = change_recipe(recipe, ["log.held_out.path=absent"], "a test")
     with pytest.raises(UserError, match=r"log\.held_out\.path: .*absent"):
         train(absent, tmp_path, [HeldOutLoss()])
+    assert list(tmp_path.iterdir()) == []
 
 
 # -------------------------------------------------------------------------------------------------------------- running

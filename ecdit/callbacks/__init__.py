@@ -11,6 +11,9 @@ class Callback:
 
     every_rank = False
 
+    def check(self, trainer: "Trainer") -> None:
+        """Before anything is written to the run's folder. Raises UserError for what it cannot do."""
+
     def on_start(self, trainer: "Trainer") -> None:
         """Before the first step of this process, after a resume."""
 

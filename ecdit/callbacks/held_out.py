@@ -52,8 +52,10 @@ class HeldOutLoss(Callback):
 
     every_rank = True  # each has a part of the model
 
-    def on_start(self, trainer: "Trainer") -> None:
+    def check(self, trainer: "Trainer") -> None:
         self._parts = _load(trainer)
+
+    def on_start(self, trainer: "Trainer") -> None:
         if trainer.topology.first and trainer.run.held_out_file.exists():
             keep_until(trainer.run.held_out_file, trainer.progress.step)
 
