@@ -26,7 +26,7 @@ COMPILED = GPU  # on a CPU a compiler of C++ takes half a minute a block
 
 
 def rows(asked: Asked = NOTHING) -> list[Row]:
-    """Forward and backward, gradients of weights, tokens, time and text. The trace is of the expert-choice block."""
+    """Forward and backward, gradients of weights, tokens, time and text. The trace is of the first variant."""
     variants = asked.pick([*_variants(sparse=True), *_variants(sparse=False)])
     return compare(variants, asked.seconds or SECONDS, TYPE, asked.trace)
 

@@ -27,7 +27,7 @@ AUX_LOSS = 0.01  # weight of the peer's load-balancing loss
 
 
 def rows(asked: Asked = NOTHING) -> list[Row]:
-    """Forward and backward, gradients of weights and tokens. The trace is of the first case's layer."""
+    """Forward and backward, gradients of weights and tokens. The trace is of the first variant."""
     cases = [_variants(width, experts) for width, experts in CASES]
     picked = asked.pick([variant for case in cases for variant in case])
     cases = [case for case in ([variant for variant in case if variant in picked] for case in cases) if case]

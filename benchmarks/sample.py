@@ -36,7 +36,7 @@ SECONDS = 40.0 if GPU else 8.0
 
 
 def rows(asked: Asked = NOTHING) -> list[Row]:
-    """Milliseconds are of `PICTURES` pictures. The trace is of the smallest model with experts."""
+    """Milliseconds are of `PICTURES` pictures. The trace is of the first variant."""
     variants: list[Variant] = []
     for size, (shape, counts) in MODELS.items():
         steps = asked.steps or STEPS

@@ -201,6 +201,11 @@ def test_a_recipes_step_is_a_few_micro_batches_on_one_rank(small):
         (("moe", "--profile", "nowhere/x.json"), "--profile: nowhere/x.json: there is no folder nowhere"),
         (("moe", "--json", "nowhere/x.json"), "--json: nowhere/x.json: there is no folder nowhere"),
         (("block", "--only", "none*"), "--only: 'none*' is like none of what is measured: expert-choice block; "),
+        (
+            ("step", "recipes/quickstart.yaml", "--only", "none*"),
+            "none*' is like none of what is measured: quickstart: as",
+        ),
+        (("sample", "--only", "none*"), "--only: 'none*' is like none of what is measured: quickstart-8E, "),
         (("kernels", "--only", "*"), "--only: not for kernels, but for moe, block, step, sample"),
         (("step", "nowhere.yaml"), "nowhere.yaml: cannot read this recipe"),
         (("step", "recipes/quickstart.yaml", "model.with=3"), "model.with: unknown key"),
