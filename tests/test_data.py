@@ -1,11 +1,15 @@
 """Shards and the stream: what is written is read back, in one order for every layout, or refused by name."""
 
 import io
+import os
+import subprocess
+import sys
 import tracemalloc
 from fractions import Fraction
 from itertools import islice
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,6 +26,7 @@ from ecdit.data.shapes import make
 from ecdit.data.shards import ShardFolder, write_shards
 from ecdit.data.stream import TrainStream
 from ecdit.data.streaming_import import StreamingDataset
+from tests.command import ROOT
 from tests.pairs import served
 
 COUNT, BATCH = 37, 8
@@ -51,6 +56,36 @@ def test_streaming_reads_back_what_was_written(shapes):
         assert sample["caption"] == original.caption
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(sample["image"]))), original.image)
         assert sample["scene"]["task"] == original.scene.task
+
+
+LOADS = """
+import multiprocessing, sys, time
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[2])
+    from ecdit.data.stream import TrainStream
+    batches = TrainStream([sys.argv[1]], batch=8, resolution=32, workers=2).batches(0)
+    next(batches)
+    print("loads", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_workers_end_with_a_process_that_was_killed(method, shapes, tmp_path):
+    script = tmp_path / "loads.py"
+    script.write_text(LOADS)
+    killed = subprocess.Popen(
+        [sys.executable, script, shapes, method], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert killed.stdout.readline() == b"loads\n"
+    workers = psutil.Process(killed.pid).children(recursive=True)
+    assert len(workers) >= 2
+    killed.kill()
+    killed.wait()
+    alive = psutil.wait_procs(workers, timeout=20)[1]
+    for process in alive:
+        process.kill()
+    assert alive == []
 
 
 def test_batches_hold_the_samples_of_their_keys(shapes):

@@ -26,6 +26,7 @@ from ecdit.data.encoded import Encoded, read_encoded
 from ecdit.data.order import BLOCK, CYCLE, Order, Passes, rows_of_cycle
 from ecdit.data.samples import PICTURE_COLUMNS, Samples, SampleSet
 from ecdit.data.shards import ShardFolder
+from ecdit.data.worker import end_with_parent
 from ecdit.errors import UserError
 from parallel.philox import key_of, uniform
 
@@ -100,7 +101,7 @@ class TrainStream:
             num_workers=self._workers,
             collate_fn=self._samples.collate,
             prefetch_factor=2 if self._workers else None,
-            worker_init_fn=_leave_interrupts_to_the_main_process,
+            worker_init_fn=_begin,
             pin_memory=on_gpu,
         )
         loaded = iter(loader)  # starts the workers: threads come after them
@@ -193,8 +194,10 @@ def _on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch
         yield now
 
 
-def _leave_interrupts_to_the_main_process(_worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; the main one still wants the batch of the step that it finishes."""
+def _begin(_worker: int) -> None:
+    """In a worker at its start. Ctrl-C reaches all processes of a terminal; the main one still wants the batch of the
+    step that it finishes."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 

@@ -5,13 +5,11 @@ processes decode and crop for it.
 """
 
 import multiprocessing
-import os
 import shutil
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
 from pathlib import Path
 
 from rich.console import Console
@@ -20,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from ecdit.data.prepare.part import Counts, ahead, folder_of, look, write_part
 from ecdit.data.prepare.settings import Settings
 from ecdit.data.sources import Part
+from ecdit.data.worker import end_with_parent
 from ecdit.errors import UserError
 from parallel.crew import Crew
 
@@ -99,8 +98,7 @@ def _begin(counter) -> None:
     """In a process at its start: the counter, and an end with the process that it works for, however that ended."""
     global _looked_at
     _looked_at = counter
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (wait([parent]), os._exit(1)), daemon=True).start()
+    end_with_parent()
 
 
 def _whole_part(part: Part, number: int, folder: Path, settings: Settings) -> Counts:
