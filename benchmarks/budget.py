@@ -73,8 +73,8 @@ class Asked:
 
     def check(self) -> None:
         """Raises UserError for a trace that cannot be written."""
-        if self.trace is not None and not self.trace.parent.is_dir():
-            raise UserError(f"--profile: {self.trace}: there is no folder {self.trace.parent}")
+        if self.trace is not None:
+            check_place("--profile", self.trace)
 
     def pick(self, variants: list[Variant]) -> list[Variant]:
         """Those that are asked for. Raises UserError for a pattern that none has a name like."""
@@ -83,6 +83,14 @@ class Asked:
                 names = "; ".join(variant.name for variant in variants)
                 raise UserError(f"--only: {pattern!r} is like none of what is measured: {names}")
         return [v for v in variants if not self.only or any(fnmatchcase(v.name, pattern) for pattern in self.only)]
+
+
+def check_place(option: str, file: Path) -> None:
+    """Raises UserError for a file that cannot be written."""
+    if not file.parent.is_dir():
+        raise UserError(f"{option}: {file}: there is no folder {file.parent}")
+    if file.is_dir():
+        raise UserError(f"{option}: {file}: is a folder; valid: the name of a file, such as {file}/NAME")
 
 
 NOTHING = Asked()

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ecdit.errors import UserError
 from ecdit.terminal import Overrides, join_job
 
 WIDTH_OF_FILES = 220
@@ -33,12 +32,12 @@ def bench(
     """Run a benchmark against its peers, all in one run. Under torchrun or srun all ranks take part."""
     join_job()
     from benchmarks import as_table, check, report
-    from benchmarks.budget import Asked
+    from benchmarks.budget import Asked, check_place
 
     asked = Asked(seconds, steps, profile, recipe, tuple(overrides or ()), tuple(only or ()))
     check(name, asked)
-    if json_file is not None and not json_file.parent.is_dir():
-        raise UserError(f"--json: {json_file}: there is no folder {json_file.parent}")
+    if json_file is not None:
+        check_place("--json", json_file)
     try:
         result = report(name, asked)
     finally:

@@ -116,7 +116,7 @@ app.add_typer(checkpoint_app, name="checkpoint")
 
 @checkpoint_app.command("ls")
 def checkpoint_ls(run: RunFolder, as_json: Json = False) -> None:
-    """List a run's checkpoints: step, samples seen, size, age, ranks that wrote it."""
+    """List a run's checkpoints: step, samples seen, size, files, folder."""
     from ecdit.analyze.checkpoints import as_table, listing
 
     rows = listing(Run(run))

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 from ecdit.errors import UserError
@@ -12,19 +13,25 @@ MOST = 2**63  # seeds are counters of 64 bits, signed
 @dataclass(frozen=True)
 class Request:
     """A picture that is asked for: with a checkpoint and the settings, all that it depends on. Raises UserError for a
-    seed that is none."""
+    seed that is none, and a prompt that no file can hold."""
 
     prompt: str
     seed: int
 
     def __post_init__(self):
         check_seed(self.seed)
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"prompt: {self.prompt[:80]!a} is no UTF-8 text") from None
 
 
 def check_seed(seed: int) -> None:
     """Raises UserError where it is none."""
-    if not 0 <= seed < MOST:
-        raise UserError(f"seed: {seed} is no seed; valid: from 0 to {MOST - 1}, the last of several pictures included")
+    if not isinstance(seed, Integral) or not 0 <= seed < MOST:
+        raise UserError(
+            f"seed: {seed!r} is no seed; valid: from 0 to {MOST - 1}, the last of several pictures included"
+        )
 
 
 def read_prompts(file: Path, n: int, seed: int) -> list[Request]:
@@ -47,7 +54,7 @@ def read_lines(file: Path) -> list[tuple[str, int | None]]:
         raise UserError(
             f"{file}: cannot read this prompts file: {reason}; valid: one prompt a line, or .jsonl with prompt and seed"
         ) from None
-    parse = _object if file.suffix == ".jsonl" else lambda _, line: (line.strip(), None)
+    parse = _object if file.suffix.lower() == ".jsonl" else lambda _, line: (line.strip(), None)
     pairs = [parse(f"{file}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not pairs:
         raise UserError(f"{file}: has no prompt; valid: one prompt a line, or .jsonl with prompt and seed")

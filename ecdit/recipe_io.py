@@ -95,8 +95,9 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
+        near = _recipes_near(path) if isinstance(error, FileNotFoundError | IsADirectoryError) else ""
         where = f", which {chain[-1]} extends" if chain else ""
-        raise UserError(f"{path}: cannot read this recipe{where}: {error.strerror}{_recipes_near(path)}") from None
+        raise UserError(f"{path}: cannot read this recipe{where}: {error.strerror}{near}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

@@ -67,12 +67,20 @@ class Run:
 
     def newest_checkpoint(self) -> Checkpoint:
         """The newest checkpoint that verifies; tells of broken ones that are newer. Raises UserError where there is
-        none."""
+        none, or it is another model's."""
         saved, broken = checkpoints.newest(self.checkpoints)
         if saved is None:
             raise self.no_checkpoint(broken)
         self.tell_of(broken, saved)
+        self.check_model(saved)
         return saved
+
+    def check_model(self, saved: Checkpoint) -> None:
+        """Raises UserError where the run's recipe describes another model than the checkpoint is of."""
+        fatal = [line for key, line in _told(self.recipe(), saved).items() if key.startswith("model.")]
+        if fatal:
+            lines = "\n".join(f"  {line}" for line in fatal)
+            raise UserError(f"{saved.folder} is of another model than {self.recipe_file}; make these agree:\n{lines}")
 
     def no_checkpoint(self, broken: list[str]) -> UserError:
         """What to raise where there is none but those, a message each."""
@@ -107,8 +115,7 @@ def check_same_model(recipe: Recipe, saved: Checkpoint) -> list[str]:
 
     Raises UserError with every differing key where the model is another one, or the optimizer's states are.
     """
-    changed = differing(recipe.model_dump(mode="json"), _with_defaults(saved.meta["recipe"]))
-    told = {key: f"{key}: {a!r} in the recipe, {b!r} in the checkpoint" for key, (a, b) in changed.items()}
+    told = _told(recipe, saved)
     fatal = [line for key, line in told.items() if key.startswith("model.") or key == "optimizer.name"]
     if fatal:
         raise UserError(
@@ -116,6 +123,12 @@ def check_same_model(recipe: Recipe, saved: Checkpoint) -> list[str]:
             + "\n".join(f"  {line}" for line in fatal)
         )
     return [f"Goes on with another {line}." for key, line in told.items() if not key.startswith(HARMLESS)]
+
+
+def _told(recipe: Recipe, saved: Checkpoint) -> dict[str, str]:
+    """A sentence for each dotted key that is another one in the recipe that the checkpoint was made with."""
+    changed = differing(recipe.model_dump(mode="json"), _with_defaults(saved.meta["recipe"]))
+    return {key: f"{key}: {a!r} in the recipe, {b!r} in the checkpoint" for key, (a, b) in changed.items()}
 
 
 def _with_defaults(text: str) -> dict[str, object]:

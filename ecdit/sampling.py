@@ -12,6 +12,7 @@ Shapes: `B` images, `S` tokens of an image, `L` text tokens, `c` latent channels
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from ecdit.diffusion.solver import time_grid
 from ecdit.dtypes import DTYPES
 from ecdit.errors import UserError
 from ecdit.model.dit import EcDit
-from ecdit.prompts import check_seed
+from ecdit.prompts import Request, check_seed
 from ecdit.recipe import Recipe, SampleRecipe
 from ecdit.run import Run
 
@@ -169,14 +170,18 @@ def sample(
     the seeds, so that rows of a grid differ by their prompt alone. Raises UserError for a folder that is no run, and
     where there is nothing to draw.
     """
+    prompts = prompts if isinstance(prompts, str) else list(prompts)
     if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise UserError(f"prompts: {prompts!r} is no list of texts; valid: one such as ['a red circle']")
-    if n < 1:
-        raise UserError(f"n: {n} pictures of each prompt; at least 1")
+    if not isinstance(n, Integral) or n < 1:
+        raise UserError(f"n: {n!r} pictures of each prompt; a whole number, at least 1")
+    check_seed(seed)
+    asked = [Request(prompt, seed + i) for prompt in prompts for i in range(n)]
     sampler = Sampler.from_run(Run(Path(run)))
+    if count_experts and sampler.recipe.model.routing == "dense":
+        raise UserError("count_experts: this model is dense (model.routing: dense); it has no experts to count")
     chosen = sample_settings(sampler.recipe, **settings)
-    pairs = [(prompt, seed + i) for prompt in prompts for i in range(n)]
-    return sampler.draw([p for p, _ in pairs], [s for _, s in pairs], chosen, count_experts=count_experts)
+    return sampler.draw([r.prompt for r in asked], [r.seed for r in asked], chosen, count_experts=count_experts)
 
 
 def sample_settings(recipe: Recipe, **overrides: object) -> SampleRecipe:

@@ -136,6 +136,7 @@ def _verified(run: Run, place: Topology, step: int | None) -> Checkpoint:
             saved = open_checkpoint(folder)
             if place.first:
                 run.tell_of(messages, saved)
+            run.check_model(saved)
             return saved
         messages.append(f"{folder} is broken: {'; '.join(dict.fromkeys(problems))}")
     raise run.no_checkpoint(messages)

@@ -207,6 +207,8 @@ def test_a_recipes_step_is_a_few_micro_batches_on_one_rank(small):
         ),
         (("sample", "--only", "none*"), "--only: 'none*' is like none of what is measured: quickstart-8E, "),
         (("kernels", "--only", "*"), "--only: not for kernels, but for moe, block, step, sample"),
+        (("moe", "--profile", "tests"), "--profile: tests: is a folder; valid: the name of a file"),
+        (("moe", "--json", "tests"), "--json: tests: is a folder; valid: the name of a file"),
         (("step", "nowhere.yaml"), "nowhere.yaml: cannot read this recipe"),
         (("step", "recipes/quickstart.yaml", "model.with=3"), "model.with: unknown key"),
     ],

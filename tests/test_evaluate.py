@@ -76,6 +76,7 @@ def judges(tmp_path_factory):
     make_inception(folder / "inception.pt")
     torch.jit.script(nn.Linear(2, 2)).save(folder / "other.pt")
     (folder / "captions.txt").write_text("a red circle\na blue square\na star\n")
+    (folder / "no-text.jsonl").write_text('{"tag": "counting", "include": [], "prompt": 5}\n')
     (folder / "questions.csv").write_text(QUESTIONS)
     (folder / "parti.tsv").write_text(PARTI)
     repository = folder / "geneval"
@@ -222,6 +223,8 @@ def test_a_server_is_asked_in_openais_protocol(pictures, monkeypatch):
     assert {"model": "gpt", "key": "Bearer k", "size": (48, 48)}.items() <= seen["Is it red"].items()
     with chat_server() as (url, _), pytest.raises(UserError, match="answers 404"):
         Server(url + "/no", "gpt").ask([(pictures[0], "?")])
+    with chat_server(answer=None) as (url, _), pytest.raises(UserError, match="answers no chat completion"):
+        Server(url, "gpt").ask([(pictures[0], "?")])
     assert not says_yes("") and not says_yes("I see no yes") and says_yes(" YES, there is")
 
 
@@ -357,6 +360,11 @@ def options(judges, **changed):
             "geneval",
             {"metadata": "captions.txt"},
             "captions.txt, line 1: valid: an object with tag, include and prompt",
+        ),
+        (
+            "geneval",
+            {"metadata": "no-text.jsonl"},
+            "no-text.jsonl, line 1: valid: an object with tag, include and prompt",
         ),
         ("geneval", {"metadata": "inception.pt"}, "--metadata: inception.pt: is no UTF-8 text; valid: GenEval"),
         ("geneval", {"geneval": None, "detector": None}, "--suite geneval: needs --metadata"),

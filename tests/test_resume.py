@@ -203,6 +203,13 @@ def test_checkpoints_are_listed_verified_and_exported(shapes, tmp_path):
     ema = newest(folder / "checkpoints")[0].kind("ema")
     assert exported.keys() == ema.keys() and all(torch.equal(exported[name], ema[name]) for name in ema)
     (folder / "checkpoints/step-2/__0_0.distcp").write_bytes(b"")
+    state = folder / "checkpoints/step-2/state.json"
+    kept = state.read_text()
+    state.write_text("")
+    damaged, whole = json.loads(ecdit("checkpoint", "ls", folder, "--json").stdout)
+    assert "state.json" in damaged["damaged"] and whole["step"] == 4
+    assert "damaged" in ecdit("checkpoint", "ls", folder).stdout
+    state.write_text(kept)
     broken = ecdit("checkpoint", "verify", folder)
     assert broken.returncode == 1 and "step-2: __0_0.distcp is damaged" in broken.stdout
     assert (folder / "checkpoints/step-2").exists()

@@ -198,10 +198,10 @@ ON_GPUS = {
 @pytest.mark.parametrize("trained", ON_GPUS)
 def test_a_run_of_gpus_is_drawn_from_anywhere(tmp_path, trained):
     """What is of the training or its hardware alone is left out; the rest of the run's recipe stays."""
-    run = random_run(tmp_path / "run")
+    run = random_run(tmp_path / "run", "model.group_tokens=16")
     plain = run.recipe()
     expected = Sampler.from_run(run, torch.device("cpu")).draw(["a star"], [0], plain.sample).images[0]
-    run.write_recipe(change_recipe(plain, ["model.group_tokens=16", *ON_GPUS[trained]], "test"))
+    run.write_recipe(change_recipe(plain, ON_GPUS[trained], "test"))
     words = ["parallel.tensor=2", "train.precision=fp32"]  # a layout that its micro-batch of one image would forbid
     drawn = sampling_recipe(run, words)
     assert (drawn.model.layers, drawn.sample, drawn.data) == (plain.model.layers, plain.sample, plain.data)
@@ -288,6 +288,8 @@ def test_prompt_files(tmp_path):
         ("a.jsonl", "a red circle", "a.jsonl, line 1: 'a red circle' is no prompt"),
         ("b.jsonl", '{"prompt": "a"}\n{"prompt": "a", "seed": -1}', "b.jsonl, line 2: seed: -1 is no seed"),
         ("c.jsonl", '{"caption": "a"}', "c.jsonl, line 1:"),
+        ("e.JSONL", '{"prompt": 5}', "e.JSONL, line 1:"),
+        ("f.jsonl", '{"prompt": "a \\ud800 circle"}', "is no UTF-8 text"),
         ("d.jsonl", f'{{"prompt": "a", "seed": {2**63}}}', f"d.jsonl, line 1: seed: {2**63} is no seed"),
     ],
 )
@@ -297,6 +299,21 @@ def test_bad_prompt_files_are_named(tmp_path, name, content, told):
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=told.replace("(", r"\(")):
         read_prompts(file, 1, 0)
+
+
+def test_a_recipe_of_another_model_is_not_drawn_from(run, tmp_path):
+    """Edited by hand, say, or beside checkpoints that were copied in."""
+    edited = Run(tmp_path / "edited")
+    shutil.copytree(run.folder, edited.folder)
+    text = edited.recipe_file.read_text()
+    edited.recipe_file.write_text(text.replace("capacity_factor: 2", "capacity_factor: 1"))
+    told = r"is of another model than .*: make these agree|model.capacity_factor: 1.0 in the recipe, 2.0 in the checkp"
+    with pytest.raises(UserError, match=told):
+        draw_pictures(edited.folder, ["a red circle"])
+    with pytest.raises(UserError, match=told):
+        sample(edited, (), ["a"], None, 1, 0, {}, tmp_path, heatmap=False)
+    with pytest.raises(UserError, match=told):
+        checkpoint_of(edited)
 
 
 def test_names_of_files_tell_prompts_apart():
@@ -312,7 +329,9 @@ def test_names_of_files_tell_prompts_apart():
         ("red", 1, r"prompts: 'red' is no list of texts; valid: one such as \['a red circle'\]"),
         ([], 1, r"prompts: \[\] is no list of texts"),
         ([3], 1, r"prompts: \[3\] is no list of texts"),
-        (["red"], 0, r"n: 0 pictures of each prompt; at least 1"),
+        (["red"], 0, r"n: 0 pictures of each prompt; a whole number, at least 1"),
+        (["red"], 1.5, r"n: 1\.5 pictures of each prompt; a whole number"),
+        (["a \ud800 circle"], 1, r"prompt: 'a \\ud800 circle' is no UTF-8 text"),
     ],
 )
 def test_bad_input_of_the_function(run, prompts, n, message):

@@ -88,7 +88,7 @@ def make_inception(file: Path) -> Path:
 
 
 @contextmanager
-def chat_server(answer: str = "Yes.", failures: int = 0) -> Iterator[tuple[str, list[dict]]]:
+def chat_server(answer: str | None = "Yes.", failures: int = 0) -> Iterator[tuple[str, list[dict]]]:
     """Its address, and what it was asked. A question about blue is answered with no. The first `failures` times it is
     busy."""
     asked: list[dict] = []

@@ -13,9 +13,17 @@ from parallel.checkpoint.folder import MANIFEST, committed, open_checkpoint, ste
 
 
 def listing(run: Run) -> list[dict[str, Any]]:
-    """One row a committed checkpoint, oldest first. Raises UserError where the folder is no run."""
+    """One row a committed checkpoint, oldest first; of one whose files cannot be read, why not under "damaged". Raises
+    UserError where the folder is no run."""
     run.recipe()
-    return [_row(folder) for folder in committed(run.checkpoints)]
+    return [_row_or_why(folder) for folder in committed(run.checkpoints)]
+
+
+def _row_or_why(folder: Path) -> dict[str, Any]:
+    try:
+        return _row(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {"step": step_of(folder), "folder": str(folder), "damaged": "; ".join(verify(folder))}
 
 
 def _row(folder: Path) -> dict[str, Any]:
@@ -36,6 +44,9 @@ def as_table(rows: list[dict[str, Any]]) -> Table:
     """For the terminal."""
     table = Table("step", "samples seen", "MiB", "files", "folder")
     for row in rows:
+        if "damaged" in row:
+            table.add_row(str(row["step"]), "damaged", "", "", f"{row['folder']}: {row['damaged']}")
+            continue
         size = f"{row['bytes'] / 2**20:.1f}"
         table.add_row(str(row["step"]), str(row["samples"]), size, str(row["files"]), row["folder"])
     return table

@@ -174,7 +174,8 @@ def _read_notes(file: Path) -> dict[tuple[str, str, str], str]:
             model, picture, question, answer = json.loads(line)
         except ValueError:
             continue
-        known[model, picture, question] = answer
+        if isinstance(answer, str):
+            known[model, picture, question] = answer
     return known
 
 

@@ -36,11 +36,11 @@ def read_metadata(file: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(text.splitlines(), start=1):
         try:
             values = json.loads(line)
-            valid = {"tag", "include", "prompt"} <= values.keys()
+            valid = {"tag", "include", "prompt"} <= values.keys() and isinstance(values["prompt"], str)
         except (ValueError, AttributeError):
             valid = False
         if not valid:
-            raise UserError(f"--metadata: {file}, line {number}: valid: an object with tag, include and prompt")
+            raise UserError(f"--metadata: {file}, line {number}: valid: an object with tag, include and prompt, a text")
         lines.append(values)
     if not lines:
         raise UserError(f"--metadata: {file}: is empty; valid: GenEval's {METADATA}")

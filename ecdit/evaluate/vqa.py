@@ -113,6 +113,9 @@ class Server:
         if not answer.ok:
             raise UserError(f"--vqa: {self._url} answers {answer.status_code}: {' '.join(answer.text.split())[:200]}")
         try:
-            return answer.json()["choices"][0]["message"]["content"]
+            said = answer.json()["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError):
-            raise UserError(f"--vqa: {self._url} answers no chat completion: {answer.text[:200]!r}") from None
+            said = None
+        if not isinstance(said, str):  # a model that is still thinking after so few words has said nothing
+            raise UserError(f"--vqa: {self._url} answers no chat completion: {answer.text[:200]!r}")
+        return said

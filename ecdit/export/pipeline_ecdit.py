@@ -61,9 +61,12 @@ class EcDitPipeline(DiffusionPipeline):
         start from instead. output_type: pil, np, pt (pictures in [0, 1]), or latent."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-        config, size = self.transformer.config, batch or self.config.batch
+        config, size = self.transformer.config, or_else(batch, self.config.batch)
         noise = draw_noise(seeds, config.channels, config.side) if latents is None else latents
-        steps = list(pairwise(time_grid(num_inference_steps or self.config.steps, or_else(shift, self.config.shift))))
+        count = or_else(num_inference_steps, self.config.steps)
+        if min(size, count) < 1:
+            raise ValueError(f"batch: {size} and num_inference_steps: {count} must be at least 1")
+        steps = list(pairwise(time_grid(count, or_else(shift, self.config.shift))))
         found = []
         with self.progress_bar(total=len(steps) * -(-len(prompts) // size)) as progress:
             for first in range(0, len(prompts), size):
