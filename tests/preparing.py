@@ -11,16 +11,8 @@ from ecdit.data.prepare import Settings, prepare
 from ecdit.data.shards import ShardFolder
 
 COUNT, RESOLUTION = 30, 32
-OPTIONS = [
-    "--resolution",
-    str(RESOLUTION),
-    "--min-side",
-    "16",
-    "--part",
-    "7",
-    "--shard-size",
-    "1",
-]  # the same for the command
+# the same for the command
+OPTIONS = ["--resolution", str(RESOLUTION), "--min-side", "16", "--part", "7", "--shard-size", "1"]
 
 
 def run(source, out, *, workers=1, **more) -> ShardFolder:

@@ -307,7 +307,7 @@ def test_a_recipe_of_another_model_is_not_drawn_from(run, tmp_path):
     shutil.copytree(run.folder, edited.folder)
     text = edited.recipe_file.read_text()
     edited.recipe_file.write_text(text.replace("capacity_factor: 2", "capacity_factor: 1"))
-    told = r"is of another model than .*: make these agree|model.capacity_factor: 1.0 in the recipe, 2.0 in the checkp"
+    told = r"another model than .*; make these agree:\n  model\.capacity_factor: 1\.0 in the recipe, 2\.0 in the checkp"
     with pytest.raises(UserError, match=told):
         draw_pictures(edited.folder, ["a red circle"])
     with pytest.raises(UserError, match=told):
